@@ -1,0 +1,77 @@
+"""Softmax attention: multi-head, grouped-query or multi-query."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs.positions import rotary
+from archs.state import KVCache
+from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245) with rotary positions and optional QK-norm.
+
+    Args:
+        width: model width; must be a multiple of head_dim.
+        head_dim: dimension of a head, even; the same at every width, so that heads grow with width.
+        queries_per_kv: query heads that share a key-value head; it must divide the number of heads.
+        qk_norm: RMSNorm on each head's queries and keys before the rotation.
+        rope_base: theta of the rotary embedding.
+
+    Raises:
+        ValueError: when width, head_dim and queries_per_kv do not fit.
+    """
+
+    visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
+
+    def __init__(self, width: int, *, head_dim: int, queries_per_kv: int, qk_norm: bool, rope_base: float):
+        super().__init__()
+        if width % head_dim or head_dim % 2:
+            raise ValueError(f"width {width} must be a multiple of head_dim {head_dim}, which must be even")
+        self.heads = width // head_dim
+        if self.heads % queries_per_kv:
+            raise ValueError(
+                f"{self.heads} heads (width {width} / head_dim {head_dim}) cannot share keys in groups of "
+                f"queries_per_kv={queries_per_kv}: choose a divisor of {self.heads}"
+            )
+        self.kv_heads = self.heads // queries_per_kv
+        self.head_dim = head_dim
+        self.rope_base = rope_base
+        self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.out_proj = nn.Linear(self.heads * head_dim, width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
+    ) -> tuple[Tensor, KVCache | None]:
+        """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
+        B, T, _ = x_BTD.shape
+        offset = state.length if state is not None else 0
+        heads = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q = rotary(self.q_norm(q), offset, self.rope_base)
+        k = rotary(self.k_norm(k), offset, self.rope_base)
+        if state is not None:
+            k, v = state.append(k, v)
+        mask = None
+        if offset and T > 1:
+            mask = torch.ones(T, offset + T, dtype=torch.bool, device=x_BTD.device).tril(offset)
+        y_BHTD = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            attn_mask=mask,
+            is_causal=visibility is CAUSAL and not offset and T > 1,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, -1)), state
+
+    def empty_state(self, batch: int) -> KVCache:
+        weight = self.qkv.weight
+        k, v = weight.new_empty(2, batch, 0, self.kv_heads, self.head_dim)
+        return KVCache(k, v)
+
+    def flops(self, T: int, visibility: Visibility) -> int:
+        """Forward FLOPs of one sequence: projections, and scores and sums over the visible pairs only."""
+        projections = 2 * T * (self.qkv.weight.numel() + self.out_proj.weight.numel())
+        return projections + 4 * self.heads * self.head_dim * visibility.pairs(T)

@@ -1,0 +1,106 @@
+"""Gated DeltaNet: a matrix memory per head, written by the gated delta rule."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs.state import RecurrentState
+from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
+from kernels import causal_conv1d, gated_delta_rule
+from kernels.causal_conv1d.torch import causal_conv1d_flops
+from kernels.gated_delta_rule.torch import gated_delta_rule_flops
+
+
+class GatedDelta(nn.Module):
+    """Gated delta-rule mixer (Yang et al., arXiv 2412.06464; laid out as in Qwen3-Next).
+
+    Queries, keys and values pass a short causal convolution with SiLU; queries and keys are L2-normalised; the
+    decay is g = -exp(A_log) softplus(a + dt_bias) and the writing strength beta = sigmoid(b); the output goes
+    through an RMSNorm gated by SiLU(z).
+
+    Under bidirectional visibility the convolution and the delta rule run over the sequence in both directions
+    with the same weights, and the two outputs are added before the norm: projections are paid once, the scan
+    twice. So a recurrent backbone serves a denoiser without a second set of weights.
+
+    Args:
+        width: model width; must be a multiple of head_dim * value_heads_per_key_head.
+        head_dim: dimension of keys and values in a head, the same at every width.
+        value_heads_per_key_head: value heads that read the same key head (2 in Qwen3-Next).
+        conv_width: taps of the short convolution.
+
+    Raises:
+        ValueError: when width and head_dim do not fit.
+    """
+
+    visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
+
+    def __init__(self, width: int, *, head_dim: int, value_heads_per_key_head: int, conv_width: int):
+        super().__init__()
+        if width % (head_dim * value_heads_per_key_head):
+            raise ValueError(
+                f"width {width} must be a multiple of head_dim {head_dim} x value_heads_per_key_head "
+                f"{value_heads_per_key_head} = {head_dim * value_heads_per_key_head}"
+            )
+        self.head_dim = head_dim
+        self.value_heads = width // head_dim
+        key_width = width // value_heads_per_key_head
+        # q, k, v (through the convolution), then z, a, b
+        self.sizes = [key_width, key_width, width, width, self.value_heads, self.value_heads]
+        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(2 * key_width + width, conv_width))
+        self.A_log = nn.Parameter(torch.empty(self.value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
+        self.norm = nn.RMSNorm(head_dim)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Decay rates from U(0, 16) and time steps from log-U(1e-3, 0.1), as Mamba-2 and Gated DeltaNet do."""
+        self.A_log.uniform_(1e-3, 16).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(-6.9078, -2.3026).exp_()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        nn.init.uniform_(self.conv_weight, -self.conv_weight.shape[1] ** -0.5, self.conv_weight.shape[1] ** -0.5)
+
+    def forward(
+        self, x_BTD: Tensor, visibility: Visibility, state: RecurrentState | None = None
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
+        qkv, z, a, b = self.in_proj(x_BTD).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # gates lose small decays in half precision
+        g = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
+        beta = b.to(dtype).sigmoid()
+        if visibility is BIDIRECTIONAL:
+            both = (torch.cat([x, x.flip(1)]) for x in (qkv, g, beta))
+            ahead, back = self._scan(*both, None)[0].chunk(2)
+            o_BTHV, state = ahead + back.flip(1), None
+        else:
+            o_BTHV, state = self._scan(qkv, g, beta, state)
+        gated = self.norm(o_BTHV) * F.silu(z.view_as(o_BTHV))
+        return self.out_proj(gated.flatten(2).to(x_BTD.dtype)), state
+
+    def _scan(
+        self, qkv: Tensor, g: Tensor, beta: Tensor, state: RecurrentState | None
+    ) -> tuple[Tensor, RecurrentState | None]:
+        qkv, conv = causal_conv1d(qkv, self.conv_weight, initial_state=None if state is None else state.conv)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.sizes[:3], dim=-1))
+        q, k = (x.to(g.dtype) * (x.to(g.dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        memory = None if state is None else state.memory
+        o_BTHV, memory = gated_delta_rule(
+            q, k, v, g, beta, initial_state=memory, output_final_state=state is not None
+        )
+        return o_BTHV, None if state is None else RecurrentState(conv, memory)
+
+    def empty_state(self, batch: int) -> RecurrentState:
+        channels, window = self.conv_weight.shape[0], self.conv_weight.shape[1] - 1
+        weight = self.in_proj.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        memory = weight.new_zeros(batch, self.value_heads, self.head_dim, self.head_dim, dtype=dtype)
+        return RecurrentState(weight.new_zeros(batch, window, channels), memory)
+
+    def flops(self, T: int, visibility: Visibility) -> int:
+        """Forward FLOPs of one sequence: projections, and convolution and chunked scan once a direction."""
+        projections = 2 * T * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+        scan = causal_conv1d_flops(T, *self.conv_weight.shape)
+        scan += gated_delta_rule_flops(T, self.value_heads, self.head_dim, self.head_dim)
+        return projections + (2 if visibility is BIDIRECTIONAL else 1) * scan
