@@ -13,23 +13,23 @@ class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245) with rotary positions and optional QK-norm.
 
     Args:
-        width: model width; must be a multiple of head_dim.
-        head_dim: dimension of a head, even; the same at every width, so that heads grow with width.
+        width: model width.
+        head_dim: dimension of a head, even and the same at every width: there are width / head_dim heads, rounded up.
         queries_per_kv: query heads that share a key-value head; it must divide the number of heads.
         qk_norm: RMSNorm on each head's queries and keys before the rotation.
         rope_base: theta of the rotary embedding.
 
     Raises:
-        ValueError: when width, head_dim and queries_per_kv do not fit.
+        ValueError: when head_dim is odd or queries_per_kv does not divide the heads.
     """
 
     visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
 
     def __init__(self, width: int, *, head_dim: int, queries_per_kv: int, qk_norm: bool, rope_base: float):
         super().__init__()
-        if width % head_dim or head_dim % 2:
-            raise ValueError(f"width {width} must be a multiple of head_dim {head_dim}, which must be even")
-        self.heads = width // head_dim
+        if head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} must be even: rotary positions turn pairs of dimensions")
+        self.heads = -(-width // head_dim)
         if self.heads % queries_per_kv:
             raise ValueError(
                 f"{self.heads} heads (width {width} / head_dim {head_dim}) cannot share keys in groups of "
@@ -39,8 +39,8 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.rope_base = rope_base
         self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.q_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
         self.out_proj = nn.Linear(self.heads * head_dim, width, bias=False)
 
     def forward(
@@ -50,9 +50,11 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         offset = state.length if state is not None else 0
         heads = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q = rotary(self.q_norm(q), offset, self.rope_base)
-        k = rotary(self.k_norm(k), offset, self.rope_base)
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None:
+            scale_HD = torch.cat([self.q_norm.expand(self.heads, -1), self.k_norm.expand(self.kv_heads, -1)])
+            qk = F.rms_norm(qk, (self.head_dim,)) * scale_HD.to(qk.dtype)
+        q, k = rotary(qk, offset, self.rope_base).split([self.heads, self.kv_heads], dim=2)
         if state is not None:
             k, v = state.append(k, v)
         mask = None

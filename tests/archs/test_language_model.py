@@ -187,9 +187,8 @@ def test_depth_follows_width(width, depth):
         ("hybrid", {"depth": 6}, "depth 6 is not a multiple of the 4 blocks"),
         ("hybrid", {"pattern": ["x"]}, r"pattern \['x'\] may name only the mixers \['a', 'd'\]"),
         ("hybrid", {"pattern": []}, "at least one"),
-        ("multi-head", {"width": 30}, "width 30 must be a multiple of head_dim 8"),
         ("multi-query tied", {"width": 24}, "3 heads.*choose a divisor of 3"),
-        ("gated delta", {"width": 30}, "width 30 must be a multiple"),
+        ("multi-head", {"mixers": {"a": partial(Attention, **ATTENTION | {"head_dim": 7})}}, "head_dim 7 must be even"),
     ],
 )
 def test_models_that_cannot_be_built_say_why(name, changes, words):

@@ -1,0 +1,227 @@
+"""Where documents come from: the standard library, files, or a data set of the Hugging Face hub."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from glob import glob
+from pathlib import Path
+
+import zstandard
+
+from experiments.data.token_data import character_boundary
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstandard.open}
+READABLE = ".txt, .md and .jsonl (each also with .gz, .bz2, .xz or .zst), and .parquet"
+
+
+class PythonStdlib:
+    """The source of the running interpreter's standard library, one document a .py file, bytes as they are.
+
+    Some 30 MB with the library's own tests and 12 MB without, which a few systems package apart. Installed packages
+    are left out, and so is _sysconfigdata, which holds the paths of the machine that built the interpreter.
+    """
+
+    name = "python_stdlib"
+
+    def __init__(self):
+        self.root = Path(sysconfig.get_path("stdlib"))
+
+    def files(self) -> list[Path]:
+        found = []
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__")]
+            found += [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+        return sorted(found)
+
+    def fingerprint(self) -> str:
+        return f"python_stdlib {file_state(self.files(), self.root)}"
+
+    def documents(self) -> Iterator[bytes]:
+        for path in self.files():
+            try:
+                yield path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {error}") from error
+
+
+class TextFiles:
+    """Documents from .txt, .md, .jsonl and .parquet files, the first three also compressed (.gz, .bz2, .xz, .zst).
+
+    A .txt or .md file is one document; one that is longer than max_document_bytes is cut after its last line end
+    before that (in the middle of a longer line), and then its pieces are documents of their own, which can be on both
+    sides of the split. Of a .jsonl or .parquet file every row is a document, whole.
+
+    Args:
+        globs: one or more patterns, ** for any depth.
+        field: the JSON field or parquet column with the text.
+        max_document_bytes: for a corpus of one small file, take some hundredth of its size.
+        name: for reports and the cache.
+    """
+
+    def __init__(
+        self, globs: str | Iterable[str], field: str = "text", max_document_bytes: int = 65536, name: str = "text_files"
+    ):
+        if max_document_bytes < 4:
+            raise ValueError(f"max_document_bytes={max_document_bytes} must be at least 4, the longest character")
+        self.globs = [globs] if isinstance(globs, str) else list(globs)
+        self.field, self.max_document_bytes, self.name = field, max_document_bytes, name
+
+    def files(self) -> list[Path]:
+        """
+        Raises:
+            ValueError: a pattern matches no file, or a file is of no kind that can be read.
+        """
+        found = set()
+        for pattern in self.globs:
+            if not (matches := matching_files(pattern)):
+                raise ValueError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
+            found.update(matches)
+        for path in found:
+            if kind(path) not in (".txt", ".md", ".jsonl", ".parquet"):
+                raise ValueError(f"cannot read {path}: the kinds of files are {READABLE}")
+        return sorted(found)
+
+    def fingerprint(self) -> str:
+        return f"text_files {self.field} {self.max_document_bytes} {file_state(self.files())}"
+
+    def documents(self) -> Iterator[bytes]:
+        """
+        Raises:
+            ValueError: a file cannot be read or has no such field; the message names the file and the line.
+        """
+        readers = {".jsonl": self._jsonl, ".parquet": self._parquet}
+        for path in self.files():
+            yield from readers.get(kind(path), self._text)(path)
+
+    def _text(self, path: Path) -> Iterator[bytes]:
+        return cut(b"".join(lines(path)), self.max_document_bytes)
+
+    def _jsonl(self, path: Path) -> Iterator[bytes]:
+        for number, line in enumerate(lines(path), 1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is not a JSON object but {type(row).__name__}")
+            if self.field not in row:
+                raise ValueError(f"{path}, line {number} has no field {self.field!r}; its fields are {sorted(row)}")
+            yield text_bytes(row[self.field], f"{path}, line {number}, field {self.field!r}")
+
+    def _parquet(self, path: Path) -> Iterator[bytes]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                if self.field not in (columns := file.schema_arrow.names):
+                    raise ValueError(f"{path} has no column {self.field!r}; its columns are {sorted(columns)}")
+                number = 0
+                for batch in file.iter_batches(columns=[self.field]):
+                    for text in batch.column(0).to_pylist():
+                        number += 1
+                        yield text_bytes(text, f"{path}, row {number}, column {self.field!r}")
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+
+
+class HuggingFace:
+    """A data set of the Hugging Face hub, or of local files through one of its builders ("json", "parquet"), streamed.
+
+    What the hub holds is taken to be fixed by these arguments: give a revision (a commit) where that matters. Changes
+    of local data files are noticed.
+
+    Args:
+        path, config, split, revision, data_files: as in `datasets.load_dataset`, where config is called name.
+        field: the column with the text.
+        max_bytes: stop before the first document that would pass it; null reads everything.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        config: str | None = None,
+        split: str = "train",
+        field: str = "text",
+        max_bytes: int | None = None,
+        revision: str | None = None,
+        data_files: str | Iterable[str] | None = None,
+    ):
+        self.field, self.max_bytes = field, max_bytes
+        self.data_files = [data_files] if isinstance(data_files, str) else list(data_files or []) or None
+        self.arguments = {"path": path, "name": config, "split": split, "revision": revision}
+        self.name = path.rstrip("/").rsplit("/")[-1]
+
+    def fingerprint(self) -> str:
+        local = [path for pattern in self.data_files or [] for path in matching_files(pattern)]
+        return json.dumps([self.arguments, self.field, self.max_bytes, self.data_files, file_state(local)])
+
+    def documents(self) -> Iterator[bytes]:
+        """
+        Raises:
+            ValueError: no such column, or a value that is not text.
+        """
+        from datasets import load_dataset
+
+        size = 0
+        rows = load_dataset(**self.arguments, data_files=self.data_files, streaming=True)
+        for number, row in enumerate(rows, 1):
+            if self.field not in row:
+                raise ValueError(f"{self.name}, row {number} has no field {self.field!r}; its fields are {sorted(row)}")
+            document = text_bytes(row[self.field], f"{self.name}, row {number}, field {self.field!r}")
+            size += len(document)
+            if self.max_bytes is not None and size > self.max_bytes:
+                return
+            yield document
+
+
+def cut(text: bytes, limit: int) -> Iterator[bytes]:
+    """Pieces of at most `limit` bytes that end after a line, or after a character where a line is longer."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind(b"\n", start, start + limit) + 1
+        end = end or start + character_boundary(text[start : start + limit + 1], limit)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def kind(path: Path) -> str:
+    """The suffix that tells how to read a file, under that of its compression."""
+    return Path(path.stem).suffix if path.suffix in PACKED and kind(Path(path.stem)) != ".parquet" else path.suffix
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked where its suffix says so.
+
+    Raises:
+        ValueError: it cannot be read; names the file.
+    """
+    try:
+        with PACKED.get(path.suffix, open)(path, "rb") as file:
+            yield from file
+    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def text_bytes(text: object, where: str) -> bytes:
+    """UTF-8 of a string; half of a surrogate pair, which JSON can hold, is kept as it is."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be a string and is {type(text).__name__}")
+    return text.encode(errors="surrogatepass")
+
+
+def matching_files(pattern: str) -> list[Path]:
+    return sorted(path for path in map(Path, glob(os.path.expanduser(pattern), recursive=True)) if path.is_file())
+
+
+def file_state(paths: Iterable[Path], root: Path = Path()) -> str:
+    """Names (under root), sizes and times of change."""
+    stats = ((path, path.stat()) for path in paths)
+    return json.dumps([(os.path.relpath(path, root), s.st_size, s.st_mtime_ns) for path, s in stats])

@@ -1,0 +1,92 @@
+"""What the machine is and what pays on it: precision, compilation, peak arithmetic, memory."""
+
+import functools
+import logging
+import platform
+import re
+import resource
+import time
+from pathlib import Path
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device of `trainer.accelerator`: auto, cpu or cuda."""
+    if accelerator not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"trainer.accelerator={accelerator!r}: choose auto, cpu or cuda")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator=cuda, but torch sees no CUDA device: choose cpu or auto")
+    return torch.device("cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def choose_precision(precision: str, device: torch.device, width: int) -> str:
+    """"float32" or "bf16" for `trainer.precision`.
+
+    auto takes bf16 on GPUs that have it and on CPUs with AMX from width 256 on: below that the casts cost more
+    than the products save (benchmarks in the README).
+    """
+    if precision not in ("auto", "float32", "bf16"):
+        raise ValueError(f"trainer.precision={precision!r}: choose auto, float32 or bf16")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bf16" if width >= 256 and torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def choose_compile(compiled: bool | str, device: torch.device, flops: float) -> bool:
+    """Whether to compile for `trainer.compile`. auto compiles runs that are long enough to win back the compiler's
+    time: it takes about 20 to 40 s and saves about a quarter of a run."""
+    if compiled not in ("auto", True, False):
+        raise ValueError(f"trainer.compile={compiled!r}: choose auto, true or false")
+    if compiled != "auto":
+        return compiled
+    return flops > 200 * peak_flops(device, "float32")
+
+
+@functools.cache
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Peak FLOP/s, the denominator of model-FLOPs utilisation: the data sheet's figure for GPUs that Lightning
+    knows, else the best of a few matrix products measured here and now."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda" and (listed := get_available_flops(device, dtype)):
+        return float(listed)
+    n = 1024 if device.type == "cpu" else 8192
+    a, best = torch.randn(n, n, dtype=dtype, device=device), float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new maximum, so that a run in a long-lived worker reports its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory since the reset: allocated on a GPU, resident for the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device_name(device: torch.device) -> str:
+    """The model of GPU or CPU, with the number of threads used of the latter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,79 @@
+"""What a run says while it trains: loss, gradient norm, speed and utilisation, over steps, tokens and FLOPs."""
+
+import math
+import time
+
+import lightning as L
+from torch.utils.tensorboard import SummaryWriter
+
+from experiments.harness.budget import Allocation
+
+
+class Diverged(RuntimeError):
+    """The training loss or the held-out value is no longer a finite number."""
+
+
+class Telemetry(L.Callback):
+    """Times the training steps and writes about a hundred points a run to TensorBoard.
+
+    A callback and not part of the module, because Lightning runs it before the checkpoint is written: what it has
+    counted is then in the checkpoint of the same step.
+
+    Attributes:
+        train_seconds, wall_seconds: time in training steps and in all, over all starts of the run.
+        train_loss: running mean over about 50 steps, nats a token: one batch is noise.
+    """
+
+    def __init__(self, writer: SummaryWriter, allocation: Allocation, peak_flops: float):
+        self.writer, self.allocation, self.peak_flops = writer, allocation, peak_flops
+        self.train_seconds = self.earlier_seconds = 0.0
+        self.train_loss = math.nan
+        self.started = time.perf_counter()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+        self.step_started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs, tokens_BT, batch_idx: int) -> None:
+        loss = outputs["loss"].item()  # waits for the device, so that the clock below is honest
+        gradient_norm = float(module.gradient_norm)
+        seconds = time.perf_counter() - self.step_started
+        self.train_seconds += seconds
+        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            raise Diverged(f"loss {loss} and gradient norm {gradient_norm} at step {trainer.global_step}")
+        self.train_loss = loss if math.isnan(self.train_loss) else 0.98 * self.train_loss + 0.02 * loss
+        if trainer.global_step % max(1, self.allocation.steps // 100) == 0:
+            flops_per_second = tokens_BT.numel() / seconds * self.allocation.flops_per_token
+            self.write(
+                "train",
+                trainer.global_step,
+                loss=loss,
+                gradient_norm=gradient_norm,
+                learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
+                tokens_per_second=tokens_BT.numel() / seconds,
+                model_flops_utilisation=flops_per_second / self.peak_flops,
+                petaflops=self.tokens(trainer.global_step) * self.allocation.flops_per_token / 1e15,
+            )
+
+    def on_validation_end(self, trainer, module) -> None:
+        self.write("heldout", trainer.global_step, bits_per_byte=module.bits_per_byte)
+
+    def tokens(self, step: int) -> int:
+        return self.allocation.first_sequence(step) * self.allocation.sequence_length
+
+    def write(self, group: str, step: int, **scalars: float) -> None:
+        """Scalars with the step as x axis, and again with tokens and with gigaFLOPs as x axes."""
+        gigaflops = round(self.tokens(step) * self.allocation.flops_per_token / 1e9)
+        for axis, x in (("", step), ("_by_tokens", self.tokens(step)), ("_by_gigaflops", gigaflops)):
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"{group}{axis}/{name}", value, x)
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("train_seconds", "train_loss", "wall_seconds")}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.train_seconds, self.train_loss = state["train_seconds"], state["train_loss"]
+        self.earlier_seconds = state["wall_seconds"]

@@ -1,0 +1,77 @@
+"""The LightningModule: one backbone under one objective."""
+
+import math
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from archs.language_model import LanguageModel
+from experiments.harness.optim import adamw, warmup_then_linear
+from experiments.harness.telemetry import Diverged
+
+EVALUATION_SEED = 1  # the same masks for every run, so that arms and sizes are paired
+
+
+class TrainingModule(L.LightningModule):
+    """Trains `model` on `objective` for `steps` steps and evaluates it on held-out windows.
+
+    Attributes, after an evaluation:
+        heldout_nats: [held-out sequences] float64.
+        bits_per_byte, bits_per_byte_se, bits_per_byte_data_se: value, Monte Carlo error given the held-out bytes (0
+            where exact) and error from the finite number of held-out sequences (None for a single one).
+        exact: whether that is the likelihood itself and not a bound.
+        evaluated_at: the step it was made at.
+    """
+
+    evaluated_at = -1
+
+    def __init__(
+        self, model: LanguageModel, objective, steps: int, optim: DictConfig, heldout_bytes: int, seed: int
+    ):
+        super().__init__()
+        self.model, self.objective, self.steps, self.optim = model, objective, steps, optim
+        self.heldout_bytes, self.seed = heldout_bytes, seed
+
+    def configure_optimizers(self) -> dict:
+        o = self.optim
+        optimizer = adamw(
+            self.model,
+            learning_rate=o.learning_rate,
+            base_width=o.base_width,
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+        )
+        schedule = warmup_then_linear(optimizer, self.steps, o.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, tokens_BT: Tensor, batch_idx: int) -> Tensor:
+        # A generator made anew from (seed, step) needs no place in the checkpoint.
+        generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
+        return self.objective.loss(self.model, tokens_BT, generator)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optim.gradient_clip)
+
+    def on_validation_epoch_start(self) -> None:
+        self.nats, self.variance = [], 0.0
+
+    def validation_step(self, tokens_BT: Tensor, batch_idx: int) -> None:
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + batch_idx)
+        likelihood = self.objective.bound(self.model, tokens_BT, generator)
+        self.nats.append(likelihood.nats_B.cpu())
+        self.variance += likelihood.variance
+        self.exact = likelihood.exact
+
+    def on_validation_epoch_end(self) -> None:
+        nats = torch.cat(self.nats)
+        if not nats.isfinite().all():
+            raise Diverged(f"held-out likelihood is not finite at step {self.global_step}")
+        to_bits = 1 / (math.log(2) * self.heldout_bytes)
+        self.heldout_nats = nats.numpy()
+        self.bits_per_byte = nats.sum().item() * to_bits
+        self.bits_per_byte_se = math.sqrt(self.variance) * to_bits
+        self.bits_per_byte_data_se = nats.std().item() * math.sqrt(len(nats)) * to_bits if len(nats) > 1 else None
+        self.evaluated_at = self.global_step
+        self.log("bits_per_byte", self.bits_per_byte, prog_bar=True, logger=False)

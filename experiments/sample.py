@@ -1,0 +1,64 @@
+"""Print text from a finished run, whatever its objective: python -m experiments.sample run=runs/cells/<id>"""
+
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from archs.language_model import LanguageModel
+from experiments.data.token_data import TokenData
+from experiments.harness.run import build_objective, open_data
+
+
+def load(folder: Path) -> tuple[LanguageModel, object, TokenData]:
+    """The model, objective and data of a finished run.
+
+    Raises:
+        ValueError: when the folder holds no finished run.
+    """
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"run={folder} holds no finished run: give the folder of one, such as runs/cells/<id>")
+    config = OmegaConf.load(folder / "config.yaml")
+    data = open_data(config)
+    objective = build_objective(config, data)
+    model: LanguageModel = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
+    # A tied head is stored once, as the embedding.
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=not model.tied)
+    return model.eval(), objective, data
+
+
+def encode(text: str, data: TokenData) -> list[int]:
+    """Ids of a prompt, the longest piece of the vocabulary first: for BPE one of several spellings of the same bytes."""
+    ids = {piece: i for i, piece in enumerate(data.pieces) if piece}
+    longest, rest, out = max(map(len, ids)), text.encode(), []
+    while rest:
+        size = next(n for n in range(min(longest, len(rest)), 0, -1) if rest[:n] in ids)
+        out.append(ids[rest[:size]])
+        rest = rest[size:]
+    return out
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="sample")
+def main(config: DictConfig) -> None:
+    try:
+        model, objective, data = load(Path(config.run))
+        prompt_BT = torch.tensor([encode(config.prompt, data)] * config.number, dtype=torch.long).view(config.number, -1)
+        generator = torch.Generator().manual_seed(config.seed)
+        start = time.perf_counter()
+        samples = objective.sample(model, prompt_BT, config.length, generator, config.temperature, config.steps)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    seconds = time.perf_counter() - start
+    for tokens_T in samples.tokens_BT:
+        print(data.decode(tokens_T.numpy()), end="\n\n")
+    new = config.number * (config.length - prompt_BT.shape[1])
+    print(f"{new} new tokens, {samples.evaluations} passes of the network, {new / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

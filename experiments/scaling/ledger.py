@@ -1,0 +1,61 @@
+"""The ledger: one JSON line a run, appended whole or not at all, readable by pandas without this module."""
+
+import errno
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+COLUMNS = [
+    "id", "status", "error", "kind", "arm", "arch", "objective", "data", "data_digest", "budget_flops", "flops",
+    "flops_6nd", "flops_per_token", "params_total", "params_active", "params_non_embedding", "width", "depth", "tokens",
+    "steps", "batch_tokens", "sequence_length", "learning_rate", "seed", "bits_per_byte", "bits_per_byte_se",
+    "bits_per_byte_data_se", "bits_per_byte_kind", "train_loss", "wall_seconds", "train_seconds", "tokens_per_second",
+    "peak_memory_bytes", "mfu", "state_bytes", "device", "precision", "compiled", "versions", "started", "finished",
+]  # fmt: skip
+
+
+def append(path: Path, row: dict) -> None:
+    """Append one row, a value for each of COLUMNS. Writers on several processes take turns; a row that does not fit on the disk is taken back.
+
+    Raises:
+        OSError: when the disk is full, saying so; the ledger is then as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, allow_nan=False).encode() + b"\n"
+    with FileLock(f"{path}.lock"), open(path, "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            # A row that a crash cut short keeps its line to itself.
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.ftruncate(file.fileno(), size)
+            if error.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, f"disk full: no room for a ledger row; free some and start again: {path}")
+            raise
+
+
+def read(path: Path) -> pd.DataFrame:
+    """All good rows, the last one where an id stands twice. A row that is no JSON object with the ledger's columns is
+    named in a warning with its line number, skipped, and left in the file."""
+    rows: dict[str, dict] = {}
+    lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            missing = [column for column in COLUMNS if column not in row]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing[:5])}")
+            rows.pop(row["id"], None)
+            rows[row["id"]] = row
+        except (ValueError, TypeError) as error:
+            warnings.warn(f"{path}, line {number}: not a ledger row, skipped ({error})", stacklevel=2)
+    return pd.DataFrame(list(rows.values()), columns=COLUMNS)

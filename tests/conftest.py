@@ -1,0 +1,36 @@
+"""What tests of several folders share: composed configs and a corpus that fits in a test."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.data.token_data import TokenData
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """overrides -> the config of `experiments.train`, small, rooted in the test's own folder."""
+
+    def make(*overrides: str):
+        small = ["budget.flops=3e8", "arch.width=16", "trainer.evaluations=1", "data.sequence_length=32"]
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("train", [*small, f"root={tmp_path / 'runs'}", "trainer.progress=false", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data():
+    """Sixteen symbols in a noisy cycle: something to learn, in 400,000 tokens."""
+    rng = np.random.default_rng(0)
+    steps = rng.choice([1, 2], size=401_000, p=[0.8, 0.2])
+    stream = (np.cumsum(steps) % 16).astype(np.uint16)
+    pieces = [bytes([97 + i]) for i in range(16)] + [b""]
+    return TokenData(
+        train=stream[:400_000], heldout=stream[400_000:], heldout_bytes=1000, vocab_size=17, eot=16, digest="0" * 64,
+        name="cycle", pieces=pieces,
+    )  # fmt: skip
