@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archs.mixers.heads import heads_for
 from archs.positions import rotary
 from archs.state import KVCache
 from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
@@ -14,34 +15,27 @@ class Attention(nn.Module):
 
     Args:
         width: model width.
-        head_dim: dimension of a head, even and the same at every width: there are width / head_dim heads, rounded up.
-        queries_per_kv: query heads that share a key-value head; it must divide the number of heads.
+        head_dim: dimension that heads are to have, nearly (see `heads_for`).
+        queries_per_kv: query heads that share a key-value head.
         qk_norm: RMSNorm on each head's queries and keys before the rotation.
         rope_base: theta of the rotary embedding.
 
     Raises:
-        ValueError: when head_dim is odd or queries_per_kv does not divide the heads.
+        ValueError: when the width cannot be cut into such heads.
     """
 
     visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
 
     def __init__(self, width: int, *, head_dim: int, queries_per_kv: int, qk_norm: bool, rope_base: float):
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"head_dim {head_dim} must be even: rotary positions turn pairs of dimensions")
-        self.heads = -(-width // head_dim)
-        if self.heads % queries_per_kv:
-            raise ValueError(
-                f"{self.heads} heads (width {width} / head_dim {head_dim}) cannot share keys in groups of "
-                f"queries_per_kv={queries_per_kv}: choose a divisor of {self.heads}"
-            )
+        self.heads = heads_for(width, head_dim, multiple=queries_per_kv)
         self.kv_heads = self.heads // queries_per_kv
-        self.head_dim = head_dim
+        self.head_dim = head_dim = width // self.heads
         self.rope_base = rope_base
         self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * head_dim, bias=False)
         self.q_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
-        self.out_proj = nn.Linear(self.heads * head_dim, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
 
     def forward(
         self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
@@ -76,4 +70,4 @@ class Attention(nn.Module):
     def flops(self, T: int, visibility: Visibility) -> int:
         """Forward FLOPs of one sequence: projections, and scores and sums over the visible pairs only."""
         projections = 2 * T * (self.qkv.weight.numel() + self.out_proj.weight.numel())
-        return projections + 4 * self.heads * self.head_dim * visibility.pairs(T)
+        return projections + 4 * self.out_proj.in_features * visibility.pairs(T)

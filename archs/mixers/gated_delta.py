@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archs.mixers.heads import heads_for
 from archs.state import RecurrentState
 from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
 from kernels import causal_conv1d, gated_delta_rule
@@ -24,28 +25,29 @@ class GatedDelta(nn.Module):
 
     Args:
         width: model width.
-        head_dim: dimension of keys and values in a head, the same at every width: there are
-            width / (head_dim * value_heads_per_key_head) key heads, rounded up.
+        head_dim: dimension that keys and values of a head are to have, nearly (see `heads_for`).
         value_heads_per_key_head: value heads that read the same key head (2 in Qwen3-Next).
         conv_width: taps of the short convolution.
+
+    Raises:
+        ValueError: when the width cannot be cut into such heads.
     """
 
     visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
 
     def __init__(self, width: int, *, head_dim: int, value_heads_per_key_head: int, conv_width: int):
         super().__init__()
-        self.head_dim = head_dim
-        key_heads = -(-width // (head_dim * value_heads_per_key_head))
-        self.value_heads = key_heads * value_heads_per_key_head
-        key_width, value_width = key_heads * head_dim, self.value_heads * head_dim
+        self.value_heads = heads_for(width, head_dim, multiple=value_heads_per_key_head)
+        self.head_dim = head_dim = width // self.value_heads
+        key_width = width // value_heads_per_key_head
         # q, k, v (through the convolution), then z, a, b
-        self.sizes = [key_width, key_width, value_width, value_width, self.value_heads, self.value_heads]
+        self.sizes = [key_width, key_width, width, width, self.value_heads, self.value_heads]
         self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(2 * key_width + value_width, conv_width))
+        self.conv_weight = nn.Parameter(torch.empty(2 * key_width + width, conv_width))
         self.A_log = nn.Parameter(torch.empty(self.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
         self.norm = nn.RMSNorm(head_dim)
-        self.out_proj = nn.Linear(value_width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -66,12 +66,11 @@ def build_objective(config: DictConfig, data: TokenData):
     return instantiate(config.objective.build, vocab_size=data.vocab_size, eot=data.eot)
 
 
-def plan(config: DictConfig, data: TokenData) -> Plan:
-    """Costs, tokens and steps of a run, from a model on the meta device.
+def measure(config: DictConfig, data: TokenData) -> tuple[Costs, int]:
+    """Costs and depth of a run's model, which is built on the meta device.
 
     Raises:
-        ValueError: when backbone and objective do not go together, the budget is below one step, the corpus is
-            shorter than the run and data.allow_repeats is false, or the trainer is asked for what is not there.
+        ValueError: when backbone and objective do not go together.
     """
     objective = build_objective(config, data)
     with torch.device("meta"):
@@ -82,14 +81,30 @@ def plan(config: DictConfig, data: TokenData) -> Plan:
             f"arch={config.arch.name} can only do {sorted(v.value for v in model.visibilities)}: choose another arch, "
             "or an objective with a visibility that it can do"
         )
+    return costs(model, config.data.sequence_length, objective.visibility, objective.predicted), model.depth
+
+
+def spend(config: DictConfig, data: TokenData, cost: Costs) -> Allocation:
+    """Tokens, steps and batches that the budget pays for.
+
+    Raises:
+        ValueError: when it pays for less than one step, or the corpus is shorter than the run and data.allow_repeats is
+            false.
+    """
     T = config.data.sequence_length
-    cost = costs(model, T, objective.visibility, objective.predicted)
     allocation = allocate(config.budget.flops, cost.flops_per_token, T, config.optim.batch_tokens)
     check_enough(len(data.train), allocation.tokens, config.data.allow_repeats)
+    return allocation
+
+
+def plan(config: DictConfig, data: TokenData) -> Plan:
+    """What a run will be. Raises ValueError as `measure` and `spend` do, and for a trainer that is not there."""
+    cost, depth = measure(config, data)
+    allocation = spend(config, data, cost)
     device = hardware.choose_device(config.trainer.accelerator)
     precision = hardware.choose_precision(config.trainer.precision, device, config.arch.width)
     compiled = hardware.choose_compile(config.trainer.compile, device, allocation.flops)
-    return Plan(cost, allocation, model.depth, device, precision, compiled)
+    return Plan(cost, allocation, depth, device, precision, compiled)
 
 
 def execute(config: DictConfig, data: TokenData | None = None) -> dict:

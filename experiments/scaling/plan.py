@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
 
+from archs.flops import Costs
 from experiments.data.token_data import TokenData
-from experiments.harness.run import Plan, plan as plan_run, run_id
+from experiments.harness.run import measure, run_id, spend
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,13 @@ class Arm:
         return run_id(self.configure(cell))
 
     @functools.cache
-    def plan(self, width: int, budget: float) -> Plan:
+    def measure(self, width: int) -> tuple[Costs, int]:
         config = self.config.copy()
         OmegaConf.update(config, "arch.width", width)
-        OmegaConf.update(config, "budget.flops", budget)
-        OmegaConf.update(config, "data.allow_repeats", True)  # asked of the chosen cells, not of the search
-        return plan_run(config, self.data)
+        return measure(config, self.data)
 
     def params(self, width: int) -> int:
-        return self.plan(width, 1e30).costs.params_total
+        return self.measure(width)[0].params_total
 
     def optimum(self, budget: float) -> float:
         """The planned optimal number of parameters, N* = sqrt(C / (6 r)) with r tokens a parameter."""
@@ -91,16 +90,13 @@ class Arm:
 
     def cell(self, kind: str, budget: float, width: int, seed: int, learning_rate: float | None) -> Cell:
         """Raises ValueError when the budget does not pay for this model or the corpus is too short for it."""
-        config = self.configure(Cell(kind, self.name, budget, width, seed, learning_rate, 0, 0, 0, 0, 0.0))
+        cost, depth = self.measure(width)
+        cell = Cell(kind, self.name, budget, width, seed, learning_rate, cost.params_total, depth, 0, 0, 0.0)
         try:
-            planned = plan_run(config, self.data)
+            allocation = spend(self.configure(cell), self.data, cost)
         except ValueError as error:
             raise ValueError(f"{self.name}, budget {budget:.3g}, width {width}: {error}") from error
-        a = planned.allocation
-        return Cell(
-            kind, self.name, budget, width, seed, learning_rate,
-            planned.costs.params_total, planned.depth, a.tokens, a.steps, a.flops,
-        )  # fmt: skip
+        return replace(cell, tokens=allocation.tokens, steps=allocation.steps, flops=allocation.flops)
 
 
 def nearest_width(params: Callable[[int], int], target: float, step: int) -> int:

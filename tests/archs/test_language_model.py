@@ -1,9 +1,11 @@
 """What every backbone owes: decode equals prefill, causality, gradients, and an honest count of its cost."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs.channels.mlp import SwiGLU
@@ -11,6 +13,7 @@ from archs.flops import costs
 from archs.language_model import LanguageModel, depth_for
 from archs.mixers.attention import Attention
 from archs.mixers.gated_delta import GatedDelta
+from archs.mixers.heads import heads_for
 from archs.visibility import BIDIRECTIONAL, CAUSAL
 
 V = 31
@@ -187,10 +190,21 @@ def test_depth_follows_width(width, depth):
         ("hybrid", {"depth": 6}, "depth 6 is not a multiple of the 4 blocks"),
         ("hybrid", {"pattern": ["x"]}, r"pattern \['x'\] may name only the mixers \['a', 'd'\]"),
         ("hybrid", {"pattern": []}, "at least one"),
-        ("multi-query tied", {"width": 24}, "3 heads.*choose a divisor of 3"),
-        ("multi-head", {"mixers": {"a": partial(Attention, **ATTENTION | {"head_dim": 7})}}, "head_dim 7 must be even"),
+        ("multi-query tied", {"width": 28}, "width 28 cannot be cut .* multiple of 8"),
+        ("multi-head", {"width": 31}, "width 31 cannot be cut .* multiple of 2"),
     ],
 )
 def test_models_that_cannot_be_built_say_why(name, changes, words):
     with pytest.raises(ValueError, match=words):
         build(name, **changes)
+
+
+@settings(max_examples=200, deadline=None)
+@given(width=st.integers(1, 128).map(lambda n: 4 * n), head_dim=st.sampled_from([16, 32, 64, 128]))
+def test_heads_are_even_fill_the_width_and_are_as_near_as_they_can_be(width, head_dim):
+    heads = heads_for(width, head_dim)
+    assert width % (2 * heads) == 0
+    distance = abs(math.log(width / heads / head_dim))
+    assert all(distance <= abs(math.log(width / h / head_dim)) + 1e-12 for h in range(1, width) if width % (2 * h) == 0)
+    if width % head_dim == 0:
+        assert heads == width // head_dim
