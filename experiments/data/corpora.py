@@ -14,6 +14,7 @@ import zstandard
 
 from experiments.data.token_data import character_boundary
 
+PLAIN = (".txt", ".md", ".jsonl")
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstandard.open}
 READABLE = ".txt, .md and .jsonl (each also with .gz, .bz2, .xz or .zst), and .parquet"
 
@@ -81,7 +82,7 @@ class TextFiles:
                 raise ValueError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
             found.update(matches)
         for path in found:
-            if kind(path) not in (".txt", ".md", ".jsonl", ".parquet"):
+            if kind(path) not in (*PLAIN, ".parquet"):
                 raise ValueError(f"cannot read {path}: the kinds of files are {READABLE}")
         return sorted(found)
 
@@ -193,8 +194,9 @@ def cut(text: bytes, limit: int) -> Iterator[bytes]:
 
 
 def kind(path: Path) -> str:
-    """The suffix that tells how to read a file, under that of its compression."""
-    return Path(path.stem).suffix if path.suffix in PACKED and kind(Path(path.stem)) != ".parquet" else path.suffix
+    """The suffix that tells how to read a file: of a compressed one, that of what is in it."""
+    inner = Path(path.stem).suffix
+    return inner if path.suffix in PACKED and inner in PLAIN else path.suffix
 
 
 def lines(path: Path) -> Iterator[bytes]:

@@ -61,9 +61,9 @@ class Telemetry(L.Callback):
         return self.allocation.first_sequence(step) * self.allocation.sequence_length
 
     def write(self, group: str, step: int, **scalars: float) -> None:
-        """Scalars with the step as x axis, and again with tokens and with gigaFLOPs as x axes."""
-        gigaflops = round(self.tokens(step) * self.allocation.flops_per_token / 1e9)
-        for axis, x in (("", step), ("_by_tokens", self.tokens(step)), ("_by_gigaflops", gigaflops)):
+        """Scalars with the step as x axis, and again with tokens and with megaFLOPs as x axes."""
+        megaflops = round(self.tokens(step) * self.allocation.flops_per_token / 1e6)
+        for axis, x in (("", step), ("_by_tokens", self.tokens(step)), ("_by_megaflops", megaflops)):
             for name, value in scalars.items():
                 self.writer.add_scalar(f"{group}{axis}/{name}", value, x)
 

@@ -130,7 +130,7 @@ def test_tensorboard_has_every_curve_over_steps_tokens_and_flops(make_config, da
     events.Reload()
     tags = set(events.Tags()["scalars"])
     names = ("loss", "gradient_norm", "tokens_per_second", "model_flops_utilisation", "petaflops", "learning_rate")
-    for axis in ("", "_by_tokens", "_by_gigaflops"):
+    for axis in ("", "_by_tokens", "_by_megaflops"):
         assert {f"train{axis}/{name}" for name in names} | {f"heldout{axis}/bits_per_byte"} <= tags
     assert events.Scalars("train/loss")[-1].step == row["steps"]
     assert events.Scalars("train_by_tokens/loss")[-1].step == row["tokens"]
