@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.data.windows import TrainWindows, check_enough, heldout_windows
+
+sizes = {"tokens": st.integers(1, 200), "length": st.integers(1, 12), "seed": st.integers(0, 5)}
+
+
+@given(**sizes)
+@settings(deadline=None, max_examples=40)
+def test_each_pass_reads_every_full_window_once(tokens, length, seed):
+    tokens = max(tokens, length)
+    stream = np.arange(tokens, dtype=np.uint16)
+    windows = TrainWindows(stream, length, seed)
+    expected = torch.arange(tokens // length * length).view(-1, length)
+    for number in range(3):
+        read = windows.batch(number * len(expected), len(expected))
+        assert read.dtype == torch.int64
+        assert torch.equal(read[read[:, 0].argsort()], expected)
+
+
+@given(**sizes, start=st.integers(0, 100), size=st.integers(1, 30), cut=st.integers(0, 29))
+@settings(deadline=None, max_examples=40)
+def test_a_window_depends_on_its_number_and_not_on_how_batches_are_cut(tokens, length, seed, start, size, cut):
+    stream = np.arange(max(tokens, length), dtype=np.uint16)
+    whole = TrainWindows(stream, length, seed).batch(start, size)
+    other = TrainWindows(stream, length, seed)
+    if 0 < cut < size:
+        second = other.batch(start + cut, size - cut)
+        assert torch.equal(whole, torch.cat([other.batch(start, cut), second]))
+    else:
+        assert torch.equal(whole, other.batch(start, size))
+
+
+def test_passes_and_seeds_have_different_orders():
+    stream = np.arange(1000, dtype=np.uint16)
+    first = TrainWindows(stream, 10, seed=0)
+    assert not torch.equal(first.batch(0, 100), first.batch(100, 100))
+    assert not torch.equal(first.batch(0, 100), TrainWindows(stream, 10, seed=1).batch(0, 100))
+
+
+@given(tokens=st.integers(0, 100), length=st.integers(1, 12))
+@settings(deadline=None, max_examples=40)
+def test_heldout_windows_cover_every_token_once_in_order(tokens, length):
+    heldout = np.arange(tokens, dtype=np.uint16)
+    full, tail = heldout_windows(heldout, length)
+    assert full.shape == (tokens // length, length) and full.dtype == torch.int64
+    if tail is not None:
+        assert tail.dtype == torch.int64 and tail.shape[0] == 1 and 0 < tail.shape[1] < length
+    joined = torch.cat([full.flatten(), *([] if tail is None else [tail.flatten()])])
+    assert joined.tolist() == heldout.tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TrainWindows(np.arange(5), 6, 0), "5 training tokens, fewer than one window of sequence_length=6"),
+        (lambda: TrainWindows(np.arange(5), 0, 0), "sequence_length=0"),
+        (lambda: TrainWindows(np.arange(5), 2, 0).batch(-1, 2), "start=-1"),
+        (lambda: TrainWindows(np.arange(5), 2, 0).batch(0, 0), "size=0"),
+        (lambda: heldout_windows(np.arange(5), 0), "sequence_length=0"),
+        (lambda: check_enough(100, 250, False), "100 training tokens but the run asks for 250: .* read 2.5 times"),
+        (lambda: check_enough(100, 250, False), "data.allow_repeats=true"),
+        (lambda: check_enough(0, 250, False), "without end"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("asked", "allow_repeats"), [(100, False), (100, True), (250, True)])
+def test_a_run_that_fits_or_may_repeat_is_allowed(asked, allow_repeats):
+    check_enough(100, asked, allow_repeats)
