@@ -18,23 +18,23 @@ AT_ONCE = 4096  # sequences sampled together: few enough for the processor's cac
 
 
 class HiddenMarkovLanguage:
-    """A stationary hidden Markov process: s_1 ~ stationary law, x_t ~ emission[s_t], s_{t+1} ~ transition[s_t].
+    """A stationary process: s_1 ~ its stationary law, x_t ~ emission[s_t], s_{t+1} ~ transition[s_t].
 
-    The rows of both matrices are drawn from a symmetric Dirichlet law, then raised to at least 1e-6 and normalised
-    again, so that the stationary law is unique and no sequence is impossible.
+    The rows of both matrices are drawn from a symmetric Dirichlet law, then raised to at least 1e-6 and
+    normalised again, so that the stationary law is unique and no sequence is impossible.
 
     Args:
         states: S >= 1.
         symbols: V >= 2.
-        concentration: > 0, of the Dirichlet law; small values give nearly deterministic rows, large ones flat rows.
+        concentration: > 0, of the Dirichlet law; small values give rows with few likely entries.
         seed: of the matrices.
     """
 
     def __init__(self, states: int, symbols: int, concentration: float = 0.1, seed: int = 0):
         if states < 1 or symbols < 2 or not concentration > 0:
             raise ValueError(
-                f"states={states}, symbols={symbols}, concentration={concentration}: there must be at least 1 state "
-                "and 2 symbols, and a concentration above 0"
+                f"states={states}, symbols={symbols}, concentration={concentration}: there must be at "
+                "least 1 state and 2 symbols, and a concentration above 0"
             )
         random = np.random.default_rng(seed)
 
@@ -45,7 +45,8 @@ class HiddenMarkovLanguage:
         self.states, self.symbols = states, symbols
         self.transition_SS, self.emission_SV = rows(states), rows(symbols)
         # pi P = pi and sum(pi) = 1, as one least-squares system of full rank
-        equations = torch.cat([self.transition_SS.T - torch.eye(states).double(), torch.ones(1, states).double()])
+        identity_SS, ones_1S = torch.eye(states).double(), torch.ones(1, states).double()
+        equations = torch.cat([self.transition_SS.T - identity_SS, ones_1S])
         right = torch.zeros(states + 1, 1).double()
         right[-1] = 1
         self.initial_S = torch.linalg.lstsq(equations, right, driver="gelsd").solution[:, 0]
@@ -57,8 +58,11 @@ class HiddenMarkovLanguage:
             ValueError: batch or length below 1.
         """
         if batch < 1 or length < 1:
-            raise ValueError(f"cannot sample batch={batch} sequences of length={length}: both must be at least 1")
-        initial_1K, transition_SK, emission_SK = map(bounds, (self.initial_S[None], self.transition_SS, self.emission_SV))
+            raise ValueError(
+                f"cannot sample batch={batch} sequences of length={length}: both must be at least 1"
+            )
+        laws = self.initial_S[None], self.transition_SS, self.emission_SV
+        initial_1K, transition_SK, emission_SK = map(bounds, laws)
         tokens_TB = torch.empty(length, batch, dtype=torch.int64)
         state_B = torch.zeros(batch, dtype=torch.int64)
         for t in range(length):
@@ -83,8 +87,8 @@ class HiddenMarkovLanguage:
         return self._next_symbol(predicted_BTS)
 
     def posterior(self, tokens_BT: Tensor, masked_BT: Tensor) -> Tensor:
-        """p(x_t = v | the unmasked positions), [B, T, V] float64: the optimal denoiser of masked diffusion. One-hot at
-        unmasked positions.
+        """p(x_t = v | the unmasked positions), [B, T, V] float64: the optimal denoiser of masked diffusion.
+        One-hot at unmasked positions.
 
         Args:
             tokens_BT: int64; where masked, any value.
@@ -92,8 +96,8 @@ class HiddenMarkovLanguage:
         """
         if masked_BT.shape != tokens_BT.shape or masked_BT.dtype != torch.bool:
             raise ValueError(
-                f"masked_BT must be bool of the tokens' shape {tuple(tokens_BT.shape)}, and is {masked_BT.dtype} of "
-                f"{tuple(masked_BT.shape)}"
+                f"masked_BT must be bool of the tokens' shape {tuple(tokens_BT.shape)}, and is "
+                f"{masked_BT.dtype} of {tuple(masked_BT.shape)}"
             )
         tokens_BT = tokens_BT.masked_fill(masked_BT, 0)
         self._check(tokens_BT)
@@ -105,21 +109,24 @@ class HiddenMarkovLanguage:
         return torch.where(masked_BT[..., None], symbol_BTV, known_BTV)
 
     def entropy_per_token(self, length: int, samples: int, generator: Generator) -> tuple[float, float]:
-        """H(x_1 .. x_T) / T for T = length, in nats, and its standard error: the lowest loss that a model of windows
-        of this length can have. Unbiased: the mean over sampled sequences of the entropy of each prediction."""
+        """H(x_1 .. x_T) / T for T = length, in nats, and its standard error: the lowest loss that a model of
+        windows of this length can have. Unbiased: the mean over sampled sequences of the entropy of each
+        prediction."""
         return self._mean_entropy(length, 0, samples, generator)
 
-    def entropy_rate(self, length: int, burn_in: int, samples: int, generator: Generator) -> tuple[float, float]:
+    def entropy_rate(
+        self, length: int, burn_in: int, samples: int, generator: Generator
+    ) -> tuple[float, float]:
         """The entropy rate h = lim H(x_t | x_<t) in nats a symbol, and its standard error.
 
-        The mean over `samples` sequences and the positions burn_in < t <= length of the entropy of the prediction of
-        x_t: an unbiased estimate of the mean of H(x_t | x_<t) there, which lies above h by what the first burn_in
-        symbols do not yet tell of the state; `entropy_bounds` says how fast that falls.
+        The mean over `samples` sequences and the positions burn_in < t <= length of the entropy of the
+        prediction of x_t: an unbiased estimate of the mean of H(x_t | x_<t) there, which lies above h by what
+        the first burn_in symbols do not yet tell of the state; `entropy_bounds` says how fast that falls.
         """
         return self._mean_entropy(length, burn_in, samples, generator)
 
     def entropy_bounds(self, length: int) -> tuple[float, float]:
-        """H(x_n | x_<n, s_1) <= h <= H(x_n | x_<n) for n = length, exact, in nats, over all symbols**length sequences.
+        """H(x_n | x_<n, s_1) <= h <= H(x_n | x_<n) for n = length in nats, exact: a sum over all sequences.
 
         Raises:
             ValueError: length below 1, or more than 2**20 sequences.
@@ -137,11 +144,13 @@ class HiddenMarkovLanguage:
         given_first_S = torch.stack([last_entropy(state) for state in torch.eye(self.states).double()])
         return float(self.initial_S @ given_first_S), float(last_entropy(self.initial_S))
 
-    def _mean_entropy(self, length: int, burn_in: int, samples: int, generator: Generator) -> tuple[float, float]:
+    def _mean_entropy(
+        self, length: int, burn_in: int, samples: int, generator: Generator
+    ) -> tuple[float, float]:
         if not 0 <= burn_in < length or samples < 2:
             raise ValueError(
-                f"burn_in={burn_in}, length={length}, samples={samples}: needs 0 <= burn_in < length, and at least 2 "
-                "samples for a standard error"
+                f"burn_in={burn_in}, length={length}, samples={samples}: needs 0 <= burn_in < length, "
+                "and at least 2 samples for a standard error"
             )
         logp_BTV = self.conditionals(self.sample(samples, length, generator))[:, burn_in:]
         entropy_B = -(logp_BTV.exp() * logp_BTV).sum(-1).mean(1)
@@ -175,12 +184,13 @@ class HiddenMarkovLanguage:
     def _check(self, tokens_BT: Tensor) -> None:
         if tokens_BT.ndim != 2 or 0 in tokens_BT.shape or tokens_BT.dtype != torch.int64:
             raise ValueError(
-                f"tokens must be int64 [B, T] with B >= 1 and T >= 1, and are {tokens_BT.dtype} {list(tokens_BT.shape)}"
+                "tokens must be int64 [B, T] with B >= 1 and T >= 1, and are "
+                f"{tokens_BT.dtype} {list(tokens_BT.shape)}"
             )
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.symbols:
             raise ValueError(
-                f"tokens lie in {int(tokens_BT.min())} .. {int(tokens_BT.max())}, and the language has symbols 0 .. "
-                f"{self.symbols - 1}"
+                f"tokens lie in {int(tokens_BT.min())} .. {int(tokens_BT.max())}, and the language has "
+                f"symbols 0 .. {self.symbols - 1}"
             )
 
 
@@ -200,9 +210,9 @@ def hidden_markov(
 ) -> TokenData:
     """Samples of the language as data: independent sequences of sequence_length symbols, end to end.
 
-    A window of that length is then one sequence, and its exact negative log-likelihood under `language` is the least
-    that a model can reach in expectation. One symbol counts as one byte, so bits per byte are bits per symbol. The id
-    after the symbols is eot, which does not occur.
+    A window of that length is then one sequence, and its exact negative log-likelihood under `language` is
+    the least that a model can reach in expectation. One symbol counts as one byte, so bits per byte are bits
+    per symbol. The id after the symbols is eot, which does not occur.
 
     Raises:
         ValueError: a number of tokens or the length is below 1.

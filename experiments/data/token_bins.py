@@ -51,8 +51,8 @@ def token_bins(
 ) -> TokenData:
     """Shards of uint16 tokens as data: mapped, in the order of their names; nothing is copied.
 
-    The split is the shards' own. The digest covers all held-out tokens, and of each training shard its size and 64
-    blocks of 32768 tokens spread evenly over it, since reading terabytes to start a run would not do.
+    The split is the shards' own. The digest covers all held-out tokens, and of each training shard its size
+    and 64 blocks of 32768 tokens spread evenly over it, since reading terabytes to start a run would not do.
 
     Args:
         train, val: one or more globs.
@@ -63,13 +63,14 @@ def token_bins(
         tokenizer: a tokenizers JSON file, from which the bytes of the held-out tokens are counted exactly.
 
     Raises:
-        ValueError: a glob matches nothing, a file is not of the format, an id is not below vocab_size, there are fewer
-            held-out tokens than asked for, or not exactly one of bytes_per_token and tokenizer is given.
+        ValueError: a glob matches nothing, a file is not of the format, an id is not below vocab_size, there
+            are fewer held-out tokens than asked for, or not exactly one of bytes_per_token and tokenizer is
+            given.
     """
     if (bytes_per_token is None) == (tokenizer is None):
         raise ValueError(
-            "bits per byte need the bytes of the held-out tokens: give exactly one of bytes_per_token=<bytes of text "
-            "per token> and tokenizer=<path of a tokenizers JSON file>"
+            "bits per byte need the bytes of the held-out tokens: give exactly one of "
+            "bytes_per_token=<bytes of text per token> and tokenizer=<path of a tokenizers JSON file>"
         )
     if heldout_tokens < 1 or not 0 <= eot < vocab_size <= 1 << 16 or (bytes_per_token or 1) <= 0:
         raise ValueError(
@@ -79,7 +80,9 @@ def token_bins(
     train_parts = {path: read_shard(path, format) for path in _files(train)}
     val_chain = Chained([read_shard(path, format) for path in _files(val)])
     if len(val_chain) < heldout_tokens:
-        raise ValueError(f"val={val!r} has {len(val_chain)} tokens, fewer than heldout_tokens={heldout_tokens}: lower it")
+        raise ValueError(
+            f"val={val!r} has {len(val_chain)} tokens, fewer than heldout_tokens={heldout_tokens}: lower it"
+        )
     heldout = np.array(val_chain[:heldout_tokens])
     _check_ids(heldout, vocab_size, f"val={val!r}")
 
@@ -95,9 +98,13 @@ def token_bins(
         pieces = [f"<{i}>".encode() for i in range(vocab_size)]
         heldout_bytes = round(bytes_per_token * heldout_tokens)
     else:
-        pieces = PretrainedTokenizer(tokenizer).pieces
-        pieces += [b""] * (vocab_size - len(pieces))
-        pieces[eot] = b""
+        known = PretrainedTokenizer(tokenizer)
+        pieces = known.pieces
+        if (len(pieces), known.eot) != (vocab_size, eot):
+            raise ValueError(
+                f"{tokenizer} has {len(pieces)} ids and eot={known.eot}, and the shards "
+                f"vocab_size={vocab_size} and eot={eot}: give the tokenizer that wrote the shards"
+            )
         heldout_bytes = sum(len(pieces[i]) for i in heldout.tolist())
         sha256.update(repr(pieces).encode())
     parts = list(train_parts.values())
@@ -120,7 +127,9 @@ def read_shard(path: Path, format: str) -> np.ndarray:
         ValueError: the file is not of the format; names it.
     """
     if format not in ("nanogpt", "llm.c"):
-        raise ValueError(f"format={format!r} must be 'nanogpt' (raw uint16) or 'llm.c' (a header of 256 int32 first)")
+        raise ValueError(
+            f"format={format!r} must be 'nanogpt' (raw uint16) or 'llm.c' (a header of 256 int32 first)"
+        )
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", HEADER)
     has_magic = len(header) > 0 and header[0] == MAGIC
@@ -131,12 +140,16 @@ def read_shard(path: Path, format: str) -> np.ndarray:
             raise ValueError(f"{path} has {size} bytes, which is not one or more uint16 tokens")
         return np.memmap(path, TOKEN, mode="r")
     if not has_magic or len(header) < HEADER:
-        raise ValueError(f"{path} does not start with llm.c's header of 256 int32 and its magic number {MAGIC}")
+        raise ValueError(
+            f"{path} does not start with llm.c's header of 256 int32 and its magic number {MAGIC}"
+        )
     version, tokens = header[1:3].tolist()
     if version != VERSION:
         raise ValueError(f"{path} is an llm.c shard of version {version}; only version {VERSION} can be read")
     if size != header.nbytes + tokens * TOKEN.itemsize or tokens < 1:
-        raise ValueError(f"{path} has {size} bytes, and its header promises {tokens} tokens of 2 bytes after 1024 bytes")
+        raise ValueError(
+            f"{path} has {size} bytes, and its header promises {tokens} tokens of 2 bytes after 1024 bytes"
+        )
     return np.memmap(path, TOKEN, mode="r", offset=header.nbytes)
 
 
@@ -151,4 +164,6 @@ def _files(globs: str | Iterable[str]) -> list[Path]:
 
 def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     if tokens.max() >= vocab_size:
-        raise ValueError(f"{where} holds id {tokens.max()}, and vocab_size={vocab_size}: the shards are of another tokenizer")
+        raise ValueError(
+            f"{where} holds id {tokens.max()}, and vocab_size={vocab_size}: it is of another tokenizer"
+        )

@@ -28,7 +28,7 @@ class Corpus(Protocol):
     name: str
 
     def fingerprint(self) -> str:
-        """Cheap text that changes when the documents may have changed (names, sizes and times; not the contents)."""
+        """Text that changes when the documents may have changed; cheap, so names, sizes and times will do."""
 
     def documents(self) -> Iterator[bytes]:
         """The documents, in any order."""
@@ -76,7 +76,8 @@ class TokenData:
         ids = np.asarray(ids).tolist()
         if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"cannot decode id {outside[0]}: {self.name} has ids 0 to {self.vocab_size - 1}")
-        return b"".join(b"\n<eot>\n" if i == self.eot else self.pieces[i] for i in ids).decode(errors="replace")
+        text = b"".join(b"\n<eot>\n" if i == self.eot else self.pieces[i] for i in ids)
+        return text.decode(errors="replace")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -89,15 +90,16 @@ def prepare(
 ) -> TokenData:
     """Tokens of a corpus. The first call writes them under cache_dir, later ones map the files.
 
-    Exact duplicates and empty documents are dropped. A document is held out when its sha256, read as a number in
-    [0, 1), is below heldout_fraction, so where it goes depends on its content alone. Both parts are in the order of
-    the hashes. `heldout` is the first heldout_bytes bytes of the held-out documents, whatever the tokenizer: the last
-    document is cut (at a UTF-8 character, so up to 3 bytes can be missing, and without eot). Held-out documents
-    after these are not used at all, so that the training part does not depend on heldout_bytes.
+    Exact duplicates and empty documents are dropped. A document is held out when its sha256, read as a number
+    in [0, 1), is below heldout_fraction, so where it goes depends on its content alone. Both parts are in the
+    order of the hashes. `heldout` is the first heldout_bytes bytes of the held-out documents, whatever the
+    tokenizer: the last document is cut (at a UTF-8 character, so up to 3 bytes can be missing, and without
+    eot). Held-out documents after these are not used at all, so that the training part does not depend on
+    heldout_bytes.
 
     Raises:
-        ValueError: a setting is out of range, the corpus has no documents or nothing to train on, the held-out
-            documents are shorter than heldout_bytes, or the tokenizer does not give a document back.
+        ValueError: a setting is out of range, the corpus has no documents or nothing to train on, the
+            held-out documents are shorter than heldout_bytes, or the tokenizer does not give a document back.
     """
     if heldout_bytes < 1:
         raise ValueError(f"heldout_bytes={heldout_bytes} must be at least 1")
@@ -129,7 +131,7 @@ def prepare(
 
 
 def _open(folder: Path) -> TokenData:
-    """Map a finished cache entry. Sizes are checked, and the held-out tokens and the vocabulary by their hash.
+    """Map a finished cache entry: the training part checked by its size, all else by its hash.
 
     Raises:
         ValueError: it is missing, incomplete or damaged.
@@ -138,13 +140,14 @@ def _open(folder: Path) -> TokenData:
         meta = json.loads((folder / "meta.json").read_text())
         vocabulary = (folder / "vocabulary.json").read_bytes()
         heldout = np.fromfile(folder / "heldout.bin", meta["dtype"])
-        if hashlib.sha256(heldout.tobytes() + vocabulary).hexdigest() != meta["heldout_and_vocabulary_sha256"]:
+        guarded = hashlib.sha256(heldout.tobytes() + vocabulary).hexdigest()
+        if guarded != meta["heldout_and_vocabulary_sha256"]:
             raise ValueError("heldout.bin or vocabulary.json is not what was written")
         size, written = (folder / "train.bin").stat().st_size, meta["train_tokens"] * heldout.itemsize
         if size != written:
             raise ValueError(f"train.bin has {size} bytes, and {written} were written")
         train = np.memmap(folder / "train.bin", meta["dtype"], mode="r")
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"incomplete: {error!r}") from error
     heldout.flags.writeable = False
     pieces = [piece.encode("latin-1") for piece in json.loads(vocabulary)]
@@ -152,8 +155,10 @@ def _open(folder: Path) -> TokenData:
     return TokenData(train=train, heldout=heldout, vocab_size=len(pieces), pieces=pieces, **fields)
 
 
-def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: int, heldout_fraction: float) -> None:
-    # The documents go through a file, so that a corpus larger than the memory can be put in the order of its hashes.
+def _build(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: int, heldout_fraction: float
+) -> None:
+    # The documents go through a file, so that a corpus larger than the memory can be put in order.
     spool, found, extents = folder / "documents", 0, {}
     with open(spool, "wb") as file:
         for document in filter(None, corpus.documents()):
@@ -171,9 +176,10 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: in
     counts = f"{len(extents)} distinct documents with {size} bytes"
     if held < heldout_bytes:
         raise ValueError(
-            f"corpus {corpus.name} has {counts}, and heldout_fraction={heldout_fraction} of them hold out only {held} "
-            f"bytes, fewer than heldout_bytes={heldout_bytes}: lower heldout_bytes, raise heldout_fraction, or give "
-            "more or shorter documents (TextFiles cuts long text files by max_document_bytes)"
+            f"corpus {corpus.name} has {counts}, and heldout_fraction={heldout_fraction} of them hold out "
+            f"only {held} bytes, fewer than heldout_bytes={heldout_bytes}: lower heldout_bytes, raise "
+            "heldout_fraction, or give more or shorter documents (TextFiles cuts long text files by "
+            "max_document_bytes)"
         )
     if split == len(in_order):
         raise ValueError(f"corpus {corpus.name} has {counts}, all of them held out: lower heldout_fraction")
@@ -193,7 +199,8 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: in
                 break
         dtype = token_dtype(len(tokenizer.pieces))
         heldout_tokens = _heldout_tokens(heldout, left < 0, tokenizer, dtype)
-        train_sha256, train_tokens = _write_train(folder / "train.bin", read(in_order[split:]), tokenizer, dtype)
+        train = read(in_order[split:])
+        train_sha256, train_tokens = _write_train(folder / "train.bin", train, tokenizer, dtype)
     spool.unlink()
 
     heldout_tokens.tofile(folder / "heldout.bin")
@@ -209,27 +216,37 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: in
         "train_tokens": train_tokens,
         "digest": hashlib.sha256(f"{train_sha256} {guarded} {tokenizer.eot}".encode()).hexdigest(),
         "heldout_and_vocabulary_sha256": guarded,
-        "documents": {"found": found, "distinct": len(extents), "train": len(in_order) - split, "heldout": len(heldout)},
+        "documents": {
+            "found": found,
+            "distinct": len(extents),
+            "train": len(in_order) - split,
+            "heldout": len(heldout),
+        },
         "bytes": size,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     log.info("prepared %s: %s", meta["name"], meta)
 
 
-def _heldout_tokens(documents: list[bytes], last_is_cut: bool, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+def _heldout_tokens(
+    documents: list[bytes], last_is_cut: bool, tokenizer: Tokenizer, dtype: np.dtype
+) -> np.ndarray:
     encoded = tokenizer.encode(documents)
     for document, ids in zip(documents, encoded, strict=True):
         if b"".join(tokenizer.pieces[i] for i in ids) != document:
             raise ValueError(
-                f"tokenizer {tokenizer.name} does not give the document that starts with {document[:40]!r} back: bits "
-                "per byte need a tokenizer without loss (byte-level BPE with no normaliser and no prefix space)"
+                f"tokenizer {tokenizer.name} does not give the document that starts with {document[:40]!r} "
+                "back: bits per byte need a tokenizer without loss (byte-level BPE with no normaliser and no "
+                "prefix space)"
             )
     eot = np.array([tokenizer.eot], dtype)
     ends = [eot] * (len(documents) - last_is_cut) + [eot[:0]] * last_is_cut
     return np.concatenate([part.astype(dtype) for pair in zip(encoded, ends, strict=True) for part in pair])
 
 
-def _write_train(path: Path, documents: Iterable[bytes], tokenizer: Tokenizer, dtype: np.dtype) -> tuple[str, int]:
+def _write_train(
+    path: Path, documents: Iterable[bytes], tokenizer: Tokenizer, dtype: np.dtype
+) -> tuple[str, int]:
     """Write every document and an eot after it; returns the sha256 and the number of tokens."""
     sha256, eot = hashlib.sha256(), np.array([tokenizer.eot], dtype).tobytes()
     with open(path, "wb") as file:
@@ -254,7 +271,7 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def character_boundary(text: bytes, limit: int) -> int:
-    """The largest position <= limit that is not inside a UTF-8 character (of bytes that are not UTF-8: at most 3 back)."""
+    """The largest position <= limit that is not inside a UTF-8 character; never more than 3 before limit."""
     if limit >= len(text):
         return len(text)
     starts = (i for i in range(limit, max(limit - 4, -1), -1) if text[i] & 0xC0 != 0x80)

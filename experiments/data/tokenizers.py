@@ -29,8 +29,8 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; Radford et al. 2019, section 2.2) trained on the training
-    documents. Kept beside the tokens as tokenizer.json, the format of the `tokenizers` library.
+    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; Radford et al. 2019, section 2.2) trained on the
+    training documents. Kept beside the tokens as tokenizer.json, the format of the `tokenizers` library.
 
     Args:
         vocab_size: number of ids, of which 256 are the single bytes and one is eot; at least 257.
@@ -65,18 +65,18 @@ class BPETokenizer:
         tokenizer.train_from_iterator(texts, trainer)
         if tokenizer.get_vocab_size() < self.vocab_size:
             raise ValueError(
-                f"the training documents give a vocabulary of {tokenizer.get_vocab_size()} ids and not of vocab_size="
-                f"{self.vocab_size}: lower vocab_size or choose a larger corpus"
+                f"the training documents give a vocabulary of {tokenizer.get_vocab_size()} ids and not of "
+                f"vocab_size={self.vocab_size}: lower vocab_size or choose a larger corpus"
             )
         tokenizer.save(str(folder / "tokenizer.json"))
         return PretrainedTokenizer(folder / "tokenizer.json", name=self.name)
 
 
 class PretrainedTokenizer:
-    """A byte-level BPE tokenizer from a file of the `tokenizers` library (GPT-2, Llama 3, Qwen, or one from our cache).
+    """A byte-level BPE tokenizer from a file of the `tokenizers` library: GPT-2's, or one from our cache.
 
-    Bytes that are not UTF-8 get the ids of single bytes, so no input is lost. The text of a special token inside a
-    document is encoded as the text that it is.
+    Bytes that are not UTF-8 get the ids of single bytes, so no input is lost. The text of a special token
+    inside a document is encoded as the text that it is.
 
     Args:
         path: a tokenizers JSON file.
@@ -100,12 +100,14 @@ class PretrainedTokenizer:
             special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
             raise ValueError(f"{self.path} has no token {eot_token!r}; its special tokens are {special}")
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self.eot, self.eot_token = eot, eot_token
         self._byte_ids = [self._tokenizer.token_to_id(character) for character in byte_characters()]
         if None in self._byte_ids or self._tokenizer.normalizer is not None:
             raise ValueError(
-                f"{self.path} is not a byte-level BPE tokenizer without a normaliser, so it can lose bytes: choose one "
-                "that is (GPT-2's for instance), or train one with BPETokenizer"
+                f"{self.path} is not a byte-level BPE tokenizer without a normaliser, so it can lose bytes: "
+                "choose one that is (GPT-2's for instance), or train one with BPETokenizer"
             )
 
     def fingerprint(self) -> str:
@@ -130,16 +132,11 @@ class PretrainedTokenizer:
         parts = [list(utf8_parts(document)) for document in documents]
         texts = [part for document in parts for part in document if isinstance(part, str)]
         encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        return [
-            np.array(
-                [i for part in document for i in (next(encoded).ids if isinstance(part, str) else self._bytes(part))],
-                np.uint32,
-            )
-            for document in parts
-        ]
 
-    def _bytes(self, part: bytes) -> list[int]:
-        return [self._byte_ids[byte] for byte in part]
+        def ids(part: str | bytes) -> list[int]:
+            return next(encoded).ids if isinstance(part, str) else [self._byte_ids[byte] for byte in part]
+
+        return [np.array([i for part in document for i in ids(part)], np.uint32) for document in parts]
 
 
 def utf8_parts(document: bytes) -> Iterator[str | bytes]:
@@ -150,8 +147,8 @@ def utf8_parts(document: bytes) -> Iterator[str | bytes]:
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (Radford et al. 2019): Latin-1's printable
-    ones for themselves, and U+0100 onwards for the others in order."""
+    """The printable character that stands for each byte in byte-level BPE (Radford et al. 2019): Latin-1's
+    printable ones for themselves, and U+0100 onwards for the others in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

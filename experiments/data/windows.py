@@ -13,16 +13,16 @@ def check_enough(tokens_available: int, tokens_asked: int, allow_repeats: bool) 
     if tokens_asked > tokens_available and not allow_repeats:
         times = f"{tokens_asked / tokens_available:.3g} times" if tokens_available else "without end"
         raise ValueError(
-            f"the corpus has {tokens_available} training tokens but the run asks for {tokens_asked}: it would be read "
-            f"{times}; choose a larger corpus or a smaller budget, or set data.allow_repeats=true"
+            f"the corpus has {tokens_available} training tokens but the run asks for {tokens_asked}: it "
+            f"would be read {times}; choose a larger corpus or a smaller budget, or set data.allow_repeats=true"
         )
 
 
 class TrainWindows:
     """An endless sequence of windows: window i is a function of (train, sequence_length, seed, i) alone.
 
-    The stream is cut in windows of sequence_length tokens that do not overlap; a rest shorter than that is not read.
-    Each pass over the corpus takes them in a fresh permutation drawn from (seed, pass).
+    The stream is cut in windows of sequence_length tokens that do not overlap; a rest shorter than that is
+    not read. Each pass over the corpus takes them in a fresh permutation drawn from (seed, pass).
 
     Args:
         train: 1-D tokens; anything with a length and slices.
@@ -59,7 +59,8 @@ class TrainWindows:
 
 
 def heldout_windows(heldout: np.ndarray, sequence_length: int) -> tuple[Tensor, Tensor | None]:
-    """Every held-out token exactly once, in order: (full int64 [N, T], tail int64 [1, t] with 0 < t < T, or None)."""
+    """Every held-out token exactly once, in order: (full int64 [N, T], tail int64 [1, t] with 0 < t < T, or
+    None)."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
     tokens = torch.from_numpy(np.asarray(heldout).astype(np.int64))

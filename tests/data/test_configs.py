@@ -28,7 +28,7 @@ def test_every_data_config_has_what_the_harness_reads(name):
     config = composed(name)
     assert config.name == name and config.sequence_length >= 1 and config.allow_repeats is False
     assert OmegaConf.missing_keys(config) == {
-        f"tokens.{'corpus.' if name == 'text_files' else ''}{key}" for key in MISSING.get(name, [])
+        f"data.tokens.{'corpus.' if name == 'text_files' else ''}{key}" for key in MISSING.get(name, [])
     }
 
 
@@ -59,7 +59,11 @@ def test_token_bins_are_named_and_read_from_the_command_line(tmp_path):
     np.arange(50_000, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.arange(2000, dtype=np.uint16).tofile(tmp_path / "val.bin")
     globs = [f"data.tokens.{part}=['{tmp_path}/{part}*.bin']" for part in ("train", "val")]
-    rest = ["data.tokens.format=nanogpt", "data.tokens.heldout_tokens=2000", "data.tokens.bytes_per_token=4.2"]
+    rest = [
+        "data.tokens.format=nanogpt",
+        "data.tokens.heldout_tokens=2000",
+        "data.tokens.bytes_per_token=4.2",
+    ]
     data = instantiate(composed("token_bins", *globs, *rest).tokens)
     assert (len(data.train), data.heldout_bytes, data.vocab_size) == (50_000, 8400, 50257)
 

@@ -24,7 +24,9 @@ def all_sequences(symbols: int, length: int) -> torch.Tensor:
 
 def probability(language: HiddenMarkovLanguage, tokens) -> float:
     """p(x_1 .. x_T) as a sum over all paths of states."""
-    start, move, emit = (x.tolist() for x in (language.initial_S, language.transition_SS, language.emission_SV))
+    start, move, emit = (
+        x.tolist() for x in (language.initial_S, language.transition_SS, language.emission_SV)
+    )
     total = 0.0
     for path in itertools.product(range(language.states), repeat=len(tokens)):
         p = start[path[0]] * math.prod(move[a][b] for a, b in itertools.pairwise(path))
@@ -37,7 +39,11 @@ def case(request):
     states, symbols, length = request.param
     language = HiddenMarkovLanguage(states, symbols, concentration=0.7, seed=3)
     tokens_NT = all_sequences(symbols, length)
-    return language, tokens_NT, torch.tensor([probability(language, row) for row in tokens_NT.tolist()]).double()
+    return (
+        language,
+        tokens_NT,
+        torch.tensor([probability(language, row) for row in tokens_NT.tolist()], dtype=torch.float64),
+    )
 
 
 def test_the_likelihood_is_the_sum_over_paths_and_sums_to_one(case):
@@ -54,10 +60,14 @@ def test_the_conditionals_are_ratios_of_sums_and_chain_to_the_likelihood(case):
     assert torch.allclose(chained, language.log_likelihood(tokens_NT), rtol=1e-12)
     for row, logp_TV in zip(tokens_NT.tolist(), logp_NTV, strict=True):
         for t in range(len(row)):
-            past = [p for other, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if other[:t] == row[:t]]
+            past = [
+                p for other, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if other[:t] == row[:t]
+            ]
             for v in range(language.symbols):
                 with_v = [*row[:t], v]
-                both = sum(p for o, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if o[: t + 1] == with_v)
+                both = sum(
+                    p for o, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if o[: t + 1] == with_v
+                )
                 assert math.isclose(math.exp(logp_TV[t, v]), both / sum(past), rel_tol=1e-9)
 
 
@@ -151,6 +161,13 @@ def test_entropy_per_token_is_the_entropy_of_a_window_and_falls_with_its_length(
     assert longer < value
 
 
+def test_the_entropy_rate_is_estimated_after_the_burn_in_alone():
+    language = HiddenMarkovLanguage(3, 4, concentration=0.3, seed=6)
+    first, sixth = language.entropy_bounds(1)[1], language.entropy_bounds(6)[1]
+    value, error = language.entropy_rate(length=6, burn_in=5, samples=20_000, generator=generator(4))
+    assert abs(value - sixth) < 4 * error < 0.1 * (first - sixth)
+
+
 def test_standard_errors_are_those_of_repeated_estimates():
     language = HiddenMarkovLanguage(3, 4, concentration=0.3, seed=6)
     estimates = [language.entropy_per_token(10, 50, generator(seed)) for seed in range(200)]
@@ -175,7 +192,8 @@ def test_as_data_its_windows_are_independent_sequences_of_the_language():
 
 def test_the_held_out_symbols_do_not_depend_on_how_many_are_trained_on():
     short, long, other = (
-        hidden_markov(LANGUAGE, 32, train_tokens, 1000, seed) for train_tokens, seed in ((50, 1), (5000, 1), (50, 2))
+        hidden_markov(LANGUAGE, 32, train_tokens, 1000, seed)
+        for train_tokens, seed in ((50, 1), (5000, 1), (50, 2))
     )
     assert np.array_equal(short.heldout, long.heldout) and not np.array_equal(short.heldout, other.heldout)
     assert len({short.digest, long.digest, other.digest}) == 3

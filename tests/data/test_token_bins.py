@@ -48,6 +48,13 @@ def test_slices_of_a_chain_are_those_of_the_whole(cuts, start, length):
     assert np.array_equal(chain[start : start + length], whole[start : start + length])
 
 
+def test_a_slice_inside_one_shard_is_not_copied():
+    parts = [np.arange(10), np.arange(10)]
+    assert np.shares_memory(Chained(parts)[12:15], parts[1]) and np.shares_memory(
+        Chained(parts)[2:10], parts[0]
+    )
+
+
 def test_a_chain_refuses_slices_with_a_step():
     with pytest.raises(ValueError, match="step 1, not 2"):
         Chained([np.arange(4)])[::2]
@@ -57,11 +64,15 @@ def test_a_tokenizer_counts_the_held_out_bytes_exactly(tmp_path, shards):
     text = b"the quick brown fox jumps over the lazy dog\n" * 20
     tokenizer = BPETokenizer(280).fit([text], tmp_path)
     (ids,) = tokenizer.encode([text])
-    shards["val"] = write(tmp_path / "text.bin", np.append(ids, tokenizer.eot).astype(np.uint16), shards["format"])
+    shards["val"] = write(
+        tmp_path / "text.bin", np.append(ids, tokenizer.eot).astype(np.uint16), shards["format"]
+    )
     settings = {"heldout_tokens": len(ids) + 1, "vocab_size": 280, "eot": tokenizer.eot}
     data = token_bins(**shards, **settings, tokenizer=tmp_path / "tokenizer.json")
     assert data.heldout_bytes == len(text)
     assert data.decode(data.heldout) == text.decode() + "\n<eot>\n"
+    with pytest.raises(ValueError, match="has 280 ids and eot=0, and the shards vocab_size=281 and eot=0"):
+        token_bins(**shards, **settings | {"vocab_size": 281}, tokenizer=tmp_path / "tokenizer.json")
 
 
 def test_the_digest_follows_both_parts_and_the_vocabulary(tmp_path, shards):
@@ -71,9 +82,9 @@ def test_the_digest_follows_both_parts_and_the_vocabulary(tmp_path, shards):
 
     digests = [digest(), digest(heldout_tokens=3999), digest(vocab_size=258), digest(bytes_per_token=4.1)]
     assert digest() == digests[0]
-    changed = TOKENS[70_000:].copy()
+    changed = TOKENS[30_001:70_000].copy()
     changed[-1] ^= 1
-    write(tmp_path / "train_3.bin", changed, shards["format"])
+    write(tmp_path / "train_2.bin", changed, shards["format"])
     assert len({*digests, digest()}) == 5
 
 
@@ -81,7 +92,12 @@ def test_the_digest_follows_both_parts_and_the_vocabulary(tmp_path, shards):
     ("write_as", "read_as", "header", "message"),
     [
         ("llm.c", "nanogpt", {}, "has the header of an llm.c shard: set format=llm.c"),
-        ("nanogpt", "llm.c", {}, "does not start with llm.c's header of 256 int32 and its magic number 20240520"),
+        (
+            "nanogpt",
+            "llm.c",
+            {},
+            "does not start with llm.c's header of 256 int32 and its magic number 20240520",
+        ),
         ("llm.c", "llm.c", {"magic": 20240801}, "does not start with llm.c's header"),
         ("llm.c", "llm.c", {"version": 7}, "version 7; only version 1"),
         ("llm.c", "llm.c", {"promised": 101}, "has 1224 bytes, and its header promises 101 tokens"),

@@ -64,6 +64,15 @@ def test_a_trained_file_can_be_loaded_as_a_pretrained_one(bpe):
     assert loaded.encode(DOCUMENTS)[0].tolist() == bpe.encode(DOCUMENTS)[0].tolist()
 
 
+def test_padding_and_truncation_that_a_file_asks_for_are_not_done(bpe, tmp_path):
+    tokenizer = Tokenizer.from_file(str(bpe.path))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(max_length=3)
+    tokenizer.save(str(tmp_path / "padded.json"))
+    padded = PretrainedTokenizer(tmp_path / "padded.json").encode(DOCUMENTS)
+    assert [ids.tolist() for ids in padded] == [ids.tolist() for ids in bpe.encode(DOCUMENTS)]
+
+
 def test_the_fingerprint_of_a_file_follows_its_content_and_eot(bpe, tmp_path):
     copy = tmp_path / "copy.json"
     copy.write_bytes(bpe.path.read_bytes())
@@ -81,7 +90,9 @@ def test_utf8_parts_keep_the_order_and_every_byte():
 
 
 def test_a_vocabulary_that_the_documents_cannot_fill_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocabulary of 25[0-9] ids and not of vocab_size=500: lower vocab_size"):
+    with pytest.raises(
+        ValueError, match="vocabulary of 25[0-9] ids and not of vocab_size=500: lower vocab_size"
+    ):
         BPETokenizer(500).fit([b"ab"], tmp_path)
     with pytest.raises(ValueError, match="vocab_size=256 must be at least 257"):
         BPETokenizer(256)

@@ -24,7 +24,9 @@ def test_each_pass_reads_every_full_window_once(tokens, length, seed):
 
 @given(**sizes, start=st.integers(0, 100), size=st.integers(1, 30), cut=st.integers(0, 29))
 @settings(deadline=None, max_examples=40)
-def test_a_window_depends_on_its_number_and_not_on_how_batches_are_cut(tokens, length, seed, start, size, cut):
+def test_a_window_depends_on_its_number_and_not_on_how_batches_are_cut(
+    tokens, length, seed, start, size, cut
+):
     stream = np.arange(max(tokens, length), dtype=np.uint16)
     whole = TrainWindows(stream, length, seed).batch(start, size)
     other = TrainWindows(stream, length, seed)
@@ -57,12 +59,18 @@ def test_heldout_windows_cover_every_token_once_in_order(tokens, length):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TrainWindows(np.arange(5), 6, 0), "5 training tokens, fewer than one window of sequence_length=6"),
+        (
+            lambda: TrainWindows(np.arange(5), 6, 0),
+            "5 training tokens, fewer than one window of sequence_length=6",
+        ),
         (lambda: TrainWindows(np.arange(5), 0, 0), "sequence_length=0"),
         (lambda: TrainWindows(np.arange(5), 2, 0).batch(-1, 2), "start=-1"),
         (lambda: TrainWindows(np.arange(5), 2, 0).batch(0, 0), "size=0"),
         (lambda: heldout_windows(np.arange(5), 0), "sequence_length=0"),
-        (lambda: check_enough(100, 250, False), "100 training tokens but the run asks for 250: .* read 2.5 times"),
+        (
+            lambda: check_enough(100, 250, False),
+            "100 training tokens but the run asks for 250: .* read 2.5 times",
+        ),
         (lambda: check_enough(100, 250, False), "data.allow_repeats=true"),
         (lambda: check_enough(0, 250, False), "without end"),
     ],
