@@ -67,7 +67,7 @@ def main(config: DictConfig) -> None:
             seed=c["seed"],
         )
     except MissingMandatoryValue as error:
-        sys.exit(f"error: {error.full_key or error} must be given, as in columns.loss='final loss'")
+        sys.exit(f"error: {error.full_key or error} must be given, as {error.full_key or 'name'}=...")
     except ValueError as error:
         sys.exit(f"error: {error}")
     out = Path(c["out"])

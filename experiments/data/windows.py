@@ -14,7 +14,8 @@ def check_enough(tokens_available: int, tokens_asked: int, allow_repeats: bool) 
         times = f"{tokens_asked / tokens_available:.3g} times" if tokens_available else "without end"
         raise ValueError(
             f"the corpus has {tokens_available} training tokens but the run asks for {tokens_asked}: it "
-            f"would be read {times}; choose a larger corpus or a smaller budget, or set data.allow_repeats=true"
+            f"would be read {times}; choose a larger corpus or a smaller budget, or set "
+            "data.allow_repeats=true"
         )
 
 

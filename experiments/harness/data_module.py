@@ -42,5 +42,6 @@ class DataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """All held-out tokens once: full windows in batches, then the shorter rest by itself."""
         full_NT, tail_1T = heldout_windows(self.data.heldout, self.allocation.sequence_length)
-        batches = [*full_NT.split(self.evaluation_batch), *([] if tail_1T is None else [tail_1T])]
+        batches = list(full_NT.split(self.evaluation_batch)) if len(full_NT) else []
+        batches += [] if tail_1T is None else [tail_1T]
         return DataLoader(batches, batch_size=None)

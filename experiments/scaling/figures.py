@@ -1,12 +1,10 @@
 """The pictures of a sweep, from its ledger and analysis: matplotlib figures for the report, PNG files and notebooks."""
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers carry the same information.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -29,7 +27,8 @@ def y_label(arms: list[dict]) -> str:
 
 def frontier(analysis: dict) -> Figure:
     """Bits per byte at the isoFLOP minima against FLOPs: law, 95 % band, prediction and outcome at the held-out budget."""
-    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.subplots()
     for name, arm in analysis["arms"].items():
         look = style(analysis, name)
         good = [m for m in arm["minima"] if m["bits_per_byte"] is not None]
@@ -47,8 +46,9 @@ def frontier(analysis: dict) -> Figure:
     axes.plot([], [], "o", color="grey", mfc="white", mew=2, ms=9, ls="", label="held-out budget: outcome")
     axes.errorbar([], [], [], color="grey", capsize=4, label="held-out budget: prediction, 95 %")
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs (counted)", ylabel=y_label(list(analysis["arms"].values())))
+    axes.yaxis.set_major_locator(MaxNLocator(8))  # a log axis over less than a decade has hardly a tick of its own
     axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, frameon=False)
     return figure
@@ -57,7 +57,8 @@ def frontier(analysis: dict) -> Figure:
 def isoflop(rows: pd.DataFrame, analysis: dict) -> Figure:
     """One panel an arm: bits per byte against parameters, a line a budget, the minima marked."""
     arms = analysis["arms"]
-    figure, panels = plt.subplots(1, len(arms), figsize=(4.2 * len(arms), 4.2), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.2 * len(arms), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(arms), squeeze=False)
     for axes, (name, arm) in zip(panels[0], arms.items(), strict=True):
         runs = rows[(rows.arm == name) & (rows.status == "done") & rows.kind.isin(["fit", "holdout"])]
         budgets = sorted(runs.budget_flops.unique())
@@ -66,7 +67,7 @@ def isoflop(rows: pd.DataFrame, analysis: dict) -> Figure:
             held = (mine.kind == "holdout").all()
             axes.errorbar(
                 mine.params_total, mine.bits_per_byte, 1.96 * mine.bits_per_byte_se.astype(float), marker="o", ms=4, lw=1,
-                ls="--" if held else "-", color=plt.cm.viridis(shade), label=f"{budget:.2g}" + (" held out" if held else ""),
+                ls="--" if held else "-", color=colormaps["viridis"](shade), label=f"{budget:.2g}" + (" held out" if held else ""),
             )  # fmt: skip
         for m in arm["minima"]:
             if m["params"] is not None:
@@ -74,13 +75,15 @@ def isoflop(rows: pd.DataFrame, analysis: dict) -> Figure:
         axes.set(xscale="log", xlabel="parameters", ylabel=y_label([arm]), title=name)
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.25, which="both")
-        axes.legend(title="FLOPs", fontsize=7, title_fontsize=8, frameon=False)
+        if budgets:
+            axes.legend(title="FLOPs", fontsize=7, title_fontsize=8, frameon=False)
     return figure
 
 
 def tuning(rows: pd.DataFrame, analysis: dict) -> Figure:
     """Bits per byte against the learning rate in the tuning runs, the chosen rates ringed."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
     for name, arm in analysis["arms"].items():
         runs = rows[(rows.arm == name) & (rows.status == "done") & (rows.kind == "tune")].sort_values("learning_rate")
         if runs.empty:

@@ -27,6 +27,7 @@ READERS = {
 }
 UNUSABLE = {"failed", "diverged", "crashed", "killed"}  # what a status column may say of a run that is not to be fitted
 MIN_BUDGETS = 3
+APART = 1.5  # factor between budgets that are found, not named
 PINNED = (0.0, 0.25, 0.5, 0.75)  # assumed irreducible losses, as shares of the lowest loss
 
 
@@ -83,12 +84,12 @@ def select_runs(
     reasons = pd.Series(index=runs.index, dtype=object)
     status = named.get("status", "status" if "status" in kept.columns else None)
     if status:
-        bad = kept[status].astype(str).str.lower().isin(UNUSABLE)
-        reasons[bad] = "status is " + kept[status].astype(str)
+        bad = kept[status].map(lambda value: str(value).lower() in UNUSABLE).astype(bool)
+        reasons[bad] = [f"status is {value}" for value in kept[status][bad]]
     for name in numbers:
-        shown = kept[named[name]].astype(str)
         bad = ~(np.isfinite(runs[name]) & (runs[name] > 0))
-        reasons[bad & reasons.isna()] = f"{named[name]} is " + shown + ", not a positive number"
+        bad &= reasons.isna()
+        reasons[bad] = [f"{named[name]} is {value}, not a positive number" for value in kept[named[name]][bad]]
     good = runs[reasons.isna()]
     reasons[good.index[good.duplicated()]] = "duplicate of an earlier row"
     highest = runs[reasons.isna()].loss.nlargest(drop_highest).index
@@ -103,7 +104,8 @@ def select_runs(
 
 def group_budgets(flops: pd.Series, tolerance: float = 0.05, at_least: int = 5) -> pd.Series:
     """The budget of each run, NaN where it has none: the fullest window of +-`tolerance` in ln C is a budget, at its
-    runs' geometric mean, then the fullest window of the rest, while they hold `at_least` runs."""
+    runs' geometric mean, then the fullest window of the rest, while they hold `at_least` runs. Budgets lie at least a
+    factor `APART` from each other; runs that scatter between them belong to none."""
     log_c = np.log(flops).sort_values()
     budget = pd.Series(np.nan, flops.index)
     while len(log_c):
@@ -113,12 +115,20 @@ def group_budgets(flops: pd.Series, tolerance: float = 0.05, at_least: int = 5) 
         if len(window) < at_least:
             break
         budget[window.index] = np.exp(window.mean())
-        log_c = log_c.drop(window.index)
+        log_c = log_c[(log_c - window.mean()).abs() >= np.log(APART)]
     return budget
 
 
-def budget_minima(runs: pd.DataFrame) -> list[Minimum]:
-    return [find_minimum(c, np.log(group.params), group.loss) for c, group in runs.groupby("budget")]
+def budget_minima(runs: pd.DataFrame) -> tuple[list[Minimum], list[float]]:
+    """The minimum of each budget, and C / (N D) there: 6 where one of the three was derived, else interpolated in ln N
+    from the runs (nan where the minimum is refused)."""
+    minima, ratios = [], []
+    for c, group in runs.groupby("budget"):
+        minima.append(find_minimum(c, np.log(group.params), group.loss))
+        group = group.sort_values("params")
+        ratio = np.log(group.flops / (group.params * group.tokens))
+        ratios.append(float(np.exp(np.interp(minima[-1].x, np.log(group.params), ratio))))
+    return minima, ratios
 
 
 def _law(line: Line, name: str) -> dict:
@@ -133,18 +143,19 @@ def _law(line: Line, name: str) -> dict:
     }
 
 
-def fit_power_laws(minima: list[Minimum], draws: int, seed: int) -> dict:
-    """N*(C), D*(C) = C / (c N*) and L*(C) through the accepted minima, or why there are none."""
+def fit_power_laws(minima: list[Minimum], ratios: list[float], draws: int, seed: int) -> dict:
+    """N*(C), D*(C) and L*(C) through the accepted minima, or why there are none; `ratios` are C / (N D) at them."""
+    ratio = np.array([r for m, r in zip(minima, ratios, strict=True) if not m.refused])
     ok = [m for m in minima if not m.refused]
     if len(ok) < MIN_BUDGETS:
         return {"refused": f"{len(ok)} accepted budgets of {len(minima)}, at least {MIN_BUDGETS} are needed"}
     c, x, loss = (np.array([getattr(m, name) for m in ok]) for name in ("budget", "x", "loss"))
     draws_x, draws_loss = resample_minima(ok, draws, seed)
     size, lowest = fit_line(c, x, draws_x), fit_line(c, np.log(loss), np.log(draws_loss))
-    tokens = fit_line(c, np.log(c / 6) - x, np.log(c / 6) - draws_x)
+    tokens = fit_line(c, np.log(c / ratio) - x, np.log(c / ratio) - draws_x)
     report = {
         "N": _law(size, "N*"),
-        "D": _law(tokens, "D*") | {"tokens": "C / (6 N*)"},
+        "D": _law(tokens, "D*"),
         "L": _law(lowest, "L*"),
         "akima_N_exponent": fit_line(c, np.array([m.akima_x for m in ok]), draws_x).slope,
         "intervals": "95 %: percentiles of resampled runs, or t(K-1) jackknife over the K budgets, the wider",
@@ -210,25 +221,25 @@ def fit_runs(
     given = columns.get("budget") is not None
     if not given:
         runs["budget"] = group_budgets(runs.flops, budget_tolerance)
-    minima = budget_minima(runs)
+    minima, ratios = budget_minima(runs)
     table_of_drops = []
     for dropped in sensitivity:
         fewer = runs.drop(runs.loss.nlargest(dropped).index)
         parametric = fit_parametric(fewer, 0, seed)
-        laws = fit_power_laws(budget_minima(fewer), 50, seed)
+        laws = fit_power_laws(*budget_minima(fewer), 50, seed)
         table_of_drops.append(
             {"highest_dropped": drop_highest + dropped, "runs": len(fewer), "isoflop": laws.get("N", {}).get("exponent")}
             | {name: fit.get("a") for name, fit in parametric.items()}
         )
-    ratio = runs.flops / (6 * runs.params * runs.tokens)
+    over_6nd = runs.flops / (6 * runs.params * runs.tokens)
     return {
         "rows": {"read": len(table), "fitted": len(runs), "refused": len(refused), "in_no_budget": int(runs.budget.isna().sum())},
         "columns": columns,
         "derived": derived,
-        "flops_over_6nd": {"median": float(ratio.median()), "lowest": float(ratio.min()), "highest": float(ratio.max())},
-        "grouping": f"column {columns['budget']}" if given else f"windows of +-{budget_tolerance:g} in ln FLOPs, at least 5 runs",
-        "budgets": [describe_minimum(m) for m in minima],
-        "power_laws": fit_power_laws(minima, bootstrap, seed),
+        "flops_over_6nd": {"median": over_6nd.median(), "lowest": over_6nd.min(), "highest": over_6nd.max()},
+        "grouping": f"column {columns['budget']}" if given else f"windows of +-{budget_tolerance:g} in ln FLOPs, at least 5 runs, a factor {APART} apart",
+        "budgets": [describe_minimum(m, ratio) for m, ratio in zip(minima, ratios, strict=True)],
+        "power_laws": fit_power_laws(minima, ratios, bootstrap, seed),
         "parametric": fit_parametric(runs, bootstrap, seed),
         "sensitivity": table_of_drops,
         "refused": refused,
@@ -237,7 +248,7 @@ def fit_runs(
     }
 
 
-def describe_minimum(m: Minimum) -> dict:
+def describe_minimum(m: Minimum, ratio: float) -> dict:
     report = {
         "budget": float(m.budget), "status": "refused" if m.refused else "ok", "reason": m.refused, "flags": m.flags,
         "sizes": m.sizes, "sizes_in_window": m.window_sizes,
@@ -246,7 +257,7 @@ def describe_minimum(m: Minimum) -> dict:
         return report
     n = float(np.exp(m.x))
     return report | {
-        "n_opt": n, "tokens_opt": float(m.budget / (6 * n)), "loss_opt": m.loss, "curvature": float(m.curvature),
+        "n_opt": n, "tokens_opt": float(m.budget / (ratio * n)), "loss_opt": m.loss, "curvature": float(m.curvature),
         "methods": {
             "parabola": {"n_opt": n, "loss_opt": m.loss},
             "akima": {"n_opt": float(np.exp(m.akima_x)), "loss_opt": m.akima_loss},

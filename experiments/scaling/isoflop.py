@@ -40,7 +40,7 @@ def merge_replicates(x: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.nd
     """Means of runs whose sizes agree within 1 %, in the order of size."""
     order = np.argsort(x, kind="stable")
     x, loss = np.asarray(x, float)[order], np.asarray(loss, float)[order]
-    group = np.concatenate([[0], np.cumsum(np.diff(x) > SAME_SIZE)])
+    group = np.cumsum(np.diff(x, prepend=x[:1]) > SAME_SIZE)
     count = np.bincount(group)
     return np.bincount(group, x) / count, np.bincount(group, loss) / count
 
@@ -61,7 +61,7 @@ def find_minimum(budget: float, x: np.ndarray, loss: np.ndarray, window: float =
         end = "smallest" if best == 0 else "largest"
         result.refused = f"edge minimum: the best of {len(x)} sizes is the {end}"
         return result
-    near = np.abs(x - x[best]) <= window
+    near = np.abs(x - x[best]) <= window + 1e-9  # a grid point that lies on it, in any unit
     near[best - 1 : best + 2] = True  # the neighbours belong to it however sparse the grid
     u, y = x[near], loss[near]
     result.window_sizes, result.window_x, result.window_loss = len(u), u, y
@@ -90,17 +90,14 @@ def find_minimum(budget: float, x: np.ndarray, loss: np.ndarray, window: float =
     return result
 
 
-def resample_minima(
-    minima: list[Minimum], draws: int, seed: int, factors: list[np.ndarray] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def resample_minima(minima: list[Minimum], draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Minima of resampled runs: (x, loss), each [draws, minima].
 
     The sizes of a budget are by design, so what is resampled is each run's distance from its parabola: relative
     residuals of all given budgets together, inflated by sqrt(n / (n - 3)), drawn with replacement. (Resampling whole
     runs of five or six sizes leaves three or four, and often no minimum.) With one seed, laws whose budgets have
     equally many sizes get the same places drawn, which pairs them. A draw whose vertex leaves the window is taken at
-    the window's edge. `factors[i]` [draws, sizes in window], multiplies the losses of a budget, for noise known from
-    elsewhere.
+    the window's edge.
     """
     rng = np.random.default_rng(seed)
     residuals = []
@@ -114,7 +111,6 @@ def resample_minima(
         u = m.window_x - m.window_x.mean()
         design = np.vander(u, 3, increasing=True)
         y = design @ m.coefficients * (1 + rng.choice(pool, (draws, len(u))))
-        y = y if factors is None else y * factors[i]
         a, b, c = np.linalg.pinv(design) @ y.T
         with np.errstate(divide="ignore", invalid="ignore"):
             vertex = np.where(c > 0, np.clip(-b / (2 * c), u[0], u[-1]), np.where(b > 0, u[0], u[-1]))

@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 
 DELTA = 1e-3  # Huber's threshold in ln loss
 EXPONENTS = (0.02, 3.0)  # outside of these an exponent is taken for a failed fit
+NEGLIGIBLE = 1e-5  # a term that is nowhere a larger share of the loss than this is taken for absent
 
 
 class FitRefused(ValueError):
@@ -80,16 +81,15 @@ def _check(n: np.ndarray, d: np.ndarray) -> None:
             raise FitRefused("too_few_points", f"{len(np.unique(values))} different {name}, at least 3 are needed")
 
 
-def _check_bounds(s: Surface) -> Surface:
+def _check_bounds(s: Surface, n: np.ndarray, d: np.ndarray) -> Surface:
     low, high = EXPONENTS
     for name in ("alpha", "beta"):
         if not low * 1.001 < getattr(s, name) < high * 0.999:
             raise FitRefused("bound", f"{name}={getattr(s, name):.3g} ran to a bound of [{low}, {high}]")
-    for name in ("E", "A", "B"):
-        if not getattr(s, name) > 0:
-            raise FitRefused("bound", f"{name} ran to its bound, 0")
-    if s.E < 1e-6:
-        raise FitRefused("bound", f"E={s.E:.3g} ran to its bound, 0")
+    terms = {"E": s.E, "A": s.A * n.min() ** -s.alpha, "B": s.B * d.min() ** -s.beta}
+    for name, largest in terms.items():
+        if not largest > NEGLIGIBLE * sum(terms.values()):
+            raise FitRefused("bound", f"{name}={getattr(s, name):.3g} ran to its bound, 0: its term contributes nothing")
     return s
 
 
@@ -143,7 +143,7 @@ def fit_huber(
     if np.allclose(p, start, rtol=1e-9, atol=1e-9):
         raise FitRefused("start", f"the parameters equal a start, {start.tolist()}: nothing was fitted")
     a, b, e, alpha, beta = map(float, p)
-    return _check_bounds(Surface(*(float(np.exp(x)) for x in (e, a, b)), alpha, beta, value))
+    return _check_bounds(Surface(*(float(np.exp(x)) for x in (e, a, b)), alpha, beta, value), n, d)
 
 
 def fit_projection(
@@ -176,14 +176,14 @@ def fit_projection(
         first = min(product(grid, grid), key=lambda pair: solve(np.array(pair))[1])
     else:
         first = np.log(start)
-    options = {"xatol": 1e-11, "fatol": 0.0, "maxiter": 600, "initial_simplex": first + np.array([[0, 0], [0.1, 0], [0, 0.1]])}
+    options = {"xatol": 1e-8, "fatol": 1e-15, "maxiter": 600, "initial_simplex": first + np.array([[0, 0], [0.1, 0], [0, 0.1]])}
     found = minimize(lambda p: solve(p)[1], first, method="Nelder-Mead", options=options).x
     alpha, beta = np.exp(np.clip(found, low, high))
     (e, a, b), rss = solve(found)
     surface = Surface(
         float(e * y0), float(a * y0 * n0**alpha), float(b * y0 * d0**beta), float(alpha), float(beta), float(rss * y0**2)
     )
-    return _check_bounds(surface)
+    return _check_bounds(surface, n, d)
 
 
 def bootstrap(refit: Callable[[np.ndarray], Surface], runs: int, draws: int, seed: int) -> dict:

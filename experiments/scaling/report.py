@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -63,7 +62,6 @@ def png(figure: Figure, path: Path) -> str:
     """Save a figure and return it as a data URL, so that the page is one file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150)
-    plt.close(figure)
     path.write_bytes(buffer.getvalue())
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -179,7 +177,7 @@ def page(plan: dict, rows: pd.DataFrame, analysis: dict, tables: dict, pictures:
         return f'<div class="wide">{t.to_html(index=False, border=0)}</div>' if len(t) else "<p>None.</p>"
 
     def picture(name: str) -> str:
-        return f'<img alt="{name}" src="{pictures[name]}">'
+        return f'<img alt="{name}" src="{pictures[name]}">' if name in pictures else ""
 
     def items(lines: list[str]) -> str:
         return "".join(f'<li{" class=warning" * line.startswith("warning")}>{text(line)}</li>' for line in lines)
@@ -199,7 +197,9 @@ def page(plan: dict, rows: pd.DataFrame, analysis: dict, tables: dict, pictures:
         for c in analysis["comparisons"]
         if (p := c["paired"])
     )
-    tuned = f"<h2>Learning rates</h2><p>Tuned with equal effort; these runs are in the ledger.</p>{picture('tuning')}"
+    tuned = ""
+    if "tuning" in pictures:
+        tuned = f"<h2>Learning rates</h2><p>Tuned with equal effort; these runs are in the ledger.</p>{picture('tuning')}"
     written = f"written {prediction['written']}, before the first held-out run" if prediction and "written" in prediction else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{text(plan["name"])}: scaling report</title><style>{STYLE}</style>
@@ -218,7 +218,7 @@ byte in FLOPs. Centre: the geometric mean of the fitted budgets. Peak memory on 
 <h2>Compute multipliers</h2>
 <p class="small">The compute that the reference needs for the arm's bits per byte, over the arm's. Above 1 the arm is better.</p>
 {table("multipliers")}<ul>{paired}</ul>
-{tuned if "tuning" in pictures else ""}
+{tuned}
 <h2>FLOPs by two counts</h2><p>The x axis is counted from each module. Beside it 6ND:</p><ul>{conventions}</ul>
 <h2>Runs that failed or diverged</h2>
 {bad[["id", "arm", "kind", "budget_flops", "width", "status", "error"]].to_html(index=False, border=0) if len(bad) else "<p>None.</p>"}
