@@ -16,6 +16,7 @@ from experiments.scaling.isoflop import Line, Minimum, find_minimum, fit_line, i
 DRAWS = 2000
 MIN_BUDGETS = 3
 MARGIN = 1.25  # "no difference" is said only of multipliers known to lie within this factor of 1
+REACH = 4  # a law is not believed further than this factor beyond the budgets it was fitted to
 FLOORS = (0.0, 0.5, 0.75)  # shares of the lowest loss that a prediction's interval allows to be irreducible
 
 
@@ -233,7 +234,11 @@ def compare(rows: pd.DataFrame, plan: dict, arm: str, reference: str, folder: Pa
             )
         )
         low, high = interval(float(value), draws, left_out)
-        multipliers.append({"budget": a.budget, "value": math.exp(value), "interval": [math.exp(low), math.exp(high)]})
+        compute = a.budget * math.exp(value)
+        inside = pairs[0][1].budget / REACH <= compute <= pairs[-1][1].budget * REACH
+        multipliers.append(
+            {"budget": a.budget, "value": math.exp(value), "interval": [math.exp(low), math.exp(high)], "extrapolated": not inside}
+        )
     out |= {"slope_difference": difference, "slope_interval": slope, "multipliers": multipliers}
     return out | verdict(out)
 
@@ -264,6 +269,8 @@ def verdict(c: dict) -> dict:
         + (f"{steeper}" if steeper else "not distinguishable")
         + f" (difference {c['slope_difference']:+.3f} [{low:+.3f}, {high:+.3f}])."
     )
+    if first["extrapolated"] or last["extrapolated"]:
+        sentence += f" That compute lies more than {REACH} times outside the reference's budgets: read its sign, not its size."
     if len(c["bounds"]) == 1:
         sentence += f" {c['bounds'][0]} is an upper bound on its bits per byte, so its true place may be better."
     return {"verdict": word, "sentence": sentence}

@@ -92,7 +92,11 @@ def tuning(rows: pd.DataFrame, analysis: dict) -> Figure:
         axes.plot(runs.learning_rate, runs.bits_per_byte, label=label(analysis, name), lw=1.2, ms=5, **look)
         chosen = runs[runs.learning_rate == arm["tuning"]["learning_rate"]]
         axes.plot(chosen.learning_rate, chosen.bits_per_byte, "o", ms=13, mfc="none", mew=1.5, color=look["color"])
-    axes.set(xscale="log", xlabel="learning rate at the base width", ylabel=y_label(list(analysis["arms"].values())))
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(rows[rows.kind == "tune"].learning_rate.dropna().unique()))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="learning rate at the base width", ylabel=y_label(list(analysis["arms"].values())))
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, frameon=False)
     return figure

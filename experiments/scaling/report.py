@@ -199,7 +199,8 @@ def page(plan: dict, rows: pd.DataFrame, analysis: dict, tables: dict, pictures:
     )
     tuned = ""
     if "tuning" in pictures:
-        tuned = f"<h2>Learning rates</h2><p>Tuned with equal effort; these runs are in the ledger.</p>{picture('tuning')}"
+        arms = tables["arms"].set_index("arm").T.to_html(border=0)
+    tuned = f"<h2>Learning rates</h2><p>Tuned with equal effort; these runs are in the ledger.</p>{picture('tuning')}"
     written = f"written {prediction['written']}, before the first held-out run" if prediction and "written" in prediction else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{text(plan["name"])}: scaling report</title><style>{STYLE}</style>
@@ -212,7 +213,7 @@ def page(plan: dict, rows: pd.DataFrame, analysis: dict, tables: dict, pictures:
 (resampled runs, or the jackknife over budgets where that is wider). The prediction was {written or "not made"}.</p>
 {table("holdout")}
 <h2>isoFLOP curves</h2>{picture("isoflop")}{table("minima")}
-<h2>Arms</h2>{table("arms")}
+<h2>Arms</h2>{arms}
 <p class="small">Speed, memory and state are those of the best run at the largest fitted budget. Slope: exponent of bits per
 byte in FLOPs. Centre: the geometric mean of the fitted budgets. Peak memory on a CPU is that of the whole process.</p>
 <h2>Compute multipliers</h2>

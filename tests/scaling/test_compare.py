@@ -129,3 +129,10 @@ def test_a_prediction_allows_for_losses_that_level_off(make_sweep):
     law = compare.loss_law(good, compare.centre_of(plan), floor)
     levelled = floor + np.exp(law.at(np.log(plan["holdout_budget"])))
     assert said["bits_per_byte"] < levelled < said["interval"][1]
+
+
+@pytest.mark.parametrize(("level", "far"), [(3.0 * 0.5**0.08, False), (4.5, True)])
+def test_a_multiplier_far_outside_the_references_budgets_is_said_to_be_extrapolated(make_sweep, level, far):
+    found = analyse(make_sweep({"reference": {}, "new": {"level": level}}, noise=0.001))["comparisons"][0]
+    assert all(m["extrapolated"] == far for m in found["multipliers"])
+    assert ("read its sign" in found["sentence"]) == far
