@@ -19,7 +19,9 @@ def between(interval: list[float] | None) -> str:
 
 def print_result(console: Console, result: dict) -> None:
     rows = result["rows"]
-    console.print(f"{rows['fitted']} of {rows['read']} rows fitted, {rows['refused']} refused, {rows['in_no_budget']} in no budget")
+    console.print(
+        f"{rows['fitted']} of {rows['read']} rows fitted, {rows['refused']} refused, {rows['in_no_budget']} in no budget"
+    )
     for line in result["derived"]:
         console.print(f"derived: {line}")
     table = Table("budget", "sizes", "N*", "D*", "loss", "Akima N*", "status", title="isoFLOP minima")
@@ -38,17 +40,23 @@ def print_result(console: Console, result: dict) -> None:
     else:
         for name in "NDL":
             law = laws[name]
-            table.add_row(f"{name}*(C)", f"{law['exponent']:.4f}", between(law["exponent_interval"]), f"{law['budgets']} budgets")
+            table.add_row(
+                f"{name}*(C)", f"{law['exponent']:.4f}", between(law["exponent_interval"]), f"{law['budgets']} budgets"
+            )
     for name, fit in result["parametric"].items():
         if fit["status"] == "converged":
-            table.add_row(f"N*, parametric, {name}", f"{fit['a']:.4f}", between(fit["intervals"].get("a")), f"{fit['runs']} runs")
+            table.add_row(
+                f"N*, parametric, {name}", f"{fit['a']:.4f}", between(fit["intervals"].get("a")), f"{fit['runs']} runs"
+            )
         else:
             table.add_row(f"N*, parametric, {name}", "-", "-", fit["refused"])
     console.print(table)
     table = Table("highest losses dropped", "runs", "isoFLOP", "Huber", "projection", title="Exponent of N* in compute")
     for line in result["sensitivity"]:
         values = [line[name] for name in ("isoflop", "huber", "projection")]
-        table.add_row(str(line["highest_dropped"]), str(line["runs"]), *("-" if x is None else f"{x:.4f}" for x in values))
+        table.add_row(
+            str(line["highest_dropped"]), str(line["runs"]), *("-" if x is None else f"{x:.4f}" for x in values)
+        )
     console.print(table)
 
 

@@ -47,7 +47,9 @@ def encode(text: str, data: TokenData) -> list[int]:
 def main(config: DictConfig) -> None:
     try:
         model, objective, data = load(Path(config.run))
-        prompt_BT = torch.tensor([encode(config.prompt, data)] * config.number, dtype=torch.long).view(config.number, -1)
+        prompt_BT = torch.tensor([encode(config.prompt, data)] * config.number, dtype=torch.long).view(
+            config.number, -1
+        )
         generator = torch.Generator().manual_seed(config.seed)
         start = time.perf_counter()
         samples = objective.sample(model, prompt_BT, config.length, generator, config.temperature, config.steps)
@@ -57,7 +59,9 @@ def main(config: DictConfig) -> None:
     for tokens_T in samples.tokens_BT:
         print(data.decode(tokens_T.numpy()), end="\n\n")
     new = config.number * (config.length - prompt_BT.shape[1])
-    print(f"{new} new tokens, {samples.evaluations} passes of the network, {new / seconds:.0f} tokens/s", file=sys.stderr)
+    print(
+        f"{new} new tokens, {samples.evaluations} passes of the network, {new / seconds:.0f} tokens/s", file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

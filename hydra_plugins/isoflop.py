@@ -1,6 +1,8 @@
 """The isoFLOP sweeper as a Hydra plugin. Hydra looks for plugins in this namespace package alone, and imports all of
 them at every start, so the sweep itself lives in experiments/scaling/sweeper.py and is imported when it runs."""
 
+import sys
+
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -28,4 +30,8 @@ class IsoFlopSweeper(Sweeper):
         def launch(cells: list[list[str]], first: int) -> None:
             self.launcher.launch([[*arguments, *overrides] for overrides in cells], initial_job_idx=first)
 
-        Sweep(compose, launch, arguments).run()
+        try:
+            sweep = Sweep(compose, launch, arguments)
+        except ValueError as error:  # a plan that cannot be made, or is not the one on disk
+            sys.exit(f"error: {error}")
+        sweep.run()

@@ -56,7 +56,7 @@ class GatedDelta(nn.Module):
         self.A_log.uniform_(1e-3, 16).log_()
         dt = torch.empty_like(self.dt_bias).uniform_(-6.9078, -2.3026).exp_()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        nn.init.uniform_(self.conv_weight, -self.conv_weight.shape[1] ** -0.5, self.conv_weight.shape[1] ** -0.5)
+        nn.init.uniform_(self.conv_weight, -(self.conv_weight.shape[1] ** -0.5), self.conv_weight.shape[1] ** -0.5)
 
     def forward(
         self, x_BTD: Tensor, visibility: Visibility, state: RecurrentState | None = None
@@ -82,9 +82,7 @@ class GatedDelta(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.sizes[:3], dim=-1))
         q, k = (x.to(g.dtype) * (x.to(g.dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
         memory = None if state is None else state.memory
-        o_BTHV, memory = gated_delta_rule(
-            q, k, v, g, beta, initial_state=memory, output_final_state=state is not None
-        )
+        o_BTHV, memory = gated_delta_rule(q, k, v, g, beta, initial_state=memory, output_final_state=state is not None)
         return o_BTHV, None if state is None else RecurrentState(conv, memory)
 
     def empty_state(self, batch: int) -> RecurrentState:

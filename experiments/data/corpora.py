@@ -81,9 +81,7 @@ class TextFiles:
         name: str = "text_files",
     ):
         if max_document_bytes < 4:
-            raise ValueError(
-                f"max_document_bytes={max_document_bytes} must be at least 4, the longest character"
-            )
+            raise ValueError(f"max_document_bytes={max_document_bytes} must be at least 4, the longest character")
         self.globs = [globs] if isinstance(globs, str) else list(globs)
         self.field, self.max_document_bytes, self.name = field, max_document_bytes, name
 
@@ -128,9 +126,7 @@ class TextFiles:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is not a JSON object but {type(row).__name__}")
             if self.field not in row:
-                raise ValueError(
-                    f"{path}, line {number} has no field {self.field!r}; its fields are {sorted(row)}"
-                )
+                raise ValueError(f"{path}, line {number} has no field {self.field!r}; its fields are {sorted(row)}")
             yield text_bytes(row[self.field], f"{path}, line {number}, field {self.field!r}")
 
     def _parquet(self, path: Path) -> Iterator[bytes]:
@@ -140,9 +136,7 @@ class TextFiles:
         try:
             with parquet.ParquetFile(path) as file:
                 if self.field not in (columns := file.schema_arrow.names):
-                    raise ValueError(
-                        f"{path} has no column {self.field!r}; its columns are {sorted(columns)}"
-                    )
+                    raise ValueError(f"{path} has no column {self.field!r}; its columns are {sorted(columns)}")
                 number = 0
                 for batch in file.iter_batches(columns=[self.field]):
                     for text in batch.column(0).to_pylist():
@@ -194,9 +188,7 @@ class HuggingFace:
         rows = load_dataset(**self.arguments, data_files=self.data_files, streaming=True)
         for number, row in enumerate(rows, 1):
             if self.field not in row:
-                raise ValueError(
-                    f"{self.name}, row {number} has no field {self.field!r}; its fields are {sorted(row)}"
-                )
+                raise ValueError(f"{self.name}, row {number} has no field {self.field!r}; its fields are {sorted(row)}")
             document = text_bytes(row[self.field], f"{self.name}, row {number}, field {self.field!r}")
             size += len(document)
             if self.max_bytes is not None and size > self.max_bytes:

@@ -58,9 +58,7 @@ class HiddenMarkovLanguage:
             ValueError: batch or length below 1.
         """
         if batch < 1 or length < 1:
-            raise ValueError(
-                f"cannot sample batch={batch} sequences of length={length}: both must be at least 1"
-            )
+            raise ValueError(f"cannot sample batch={batch} sequences of length={length}: both must be at least 1")
         laws = self.initial_S[None], self.transition_SS, self.emission_SV
         initial_1K, transition_SK, emission_SK = map(bounds, laws)
         tokens_TB = torch.empty(length, batch, dtype=torch.int64)
@@ -114,9 +112,7 @@ class HiddenMarkovLanguage:
         prediction."""
         return self._mean_entropy(length, 0, samples, generator)
 
-    def entropy_rate(
-        self, length: int, burn_in: int, samples: int, generator: Generator
-    ) -> tuple[float, float]:
+    def entropy_rate(self, length: int, burn_in: int, samples: int, generator: Generator) -> tuple[float, float]:
         """The entropy rate h = lim H(x_t | x_<t) in nats a symbol, and its standard error.
 
         The mean over `samples` sequences and the positions burn_in < t <= length of the entropy of the
@@ -144,9 +140,7 @@ class HiddenMarkovLanguage:
         given_first_S = torch.stack([last_entropy(state) for state in torch.eye(self.states).double()])
         return float(self.initial_S @ given_first_S), float(last_entropy(self.initial_S))
 
-    def _mean_entropy(
-        self, length: int, burn_in: int, samples: int, generator: Generator
-    ) -> tuple[float, float]:
+    def _mean_entropy(self, length: int, burn_in: int, samples: int, generator: Generator) -> tuple[float, float]:
         if not 0 <= burn_in < length or samples < 2:
             raise ValueError(
                 f"burn_in={burn_in}, length={length}, samples={samples}: needs 0 <= burn_in < length, "
@@ -184,8 +178,7 @@ class HiddenMarkovLanguage:
     def _check(self, tokens_BT: Tensor) -> None:
         if tokens_BT.ndim != 2 or 0 in tokens_BT.shape or tokens_BT.dtype != torch.int64:
             raise ValueError(
-                "tokens must be int64 [B, T] with B >= 1 and T >= 1, and are "
-                f"{tokens_BT.dtype} {list(tokens_BT.shape)}"
+                f"tokens must be int64 [B, T] with B >= 1 and T >= 1, and are {tokens_BT.dtype} {list(tokens_BT.shape)}"
             )
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.symbols:
             raise ValueError(

@@ -127,9 +127,7 @@ def read_shard(path: Path, format: str) -> np.ndarray:
         ValueError: the file is not of the format; names it.
     """
     if format not in ("nanogpt", "llm.c"):
-        raise ValueError(
-            f"format={format!r} must be 'nanogpt' (raw uint16) or 'llm.c' (a header of 256 int32 first)"
-        )
+        raise ValueError(f"format={format!r} must be 'nanogpt' (raw uint16) or 'llm.c' (a header of 256 int32 first)")
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", HEADER)
     has_magic = len(header) > 0 and header[0] == MAGIC
@@ -140,9 +138,7 @@ def read_shard(path: Path, format: str) -> np.ndarray:
             raise ValueError(f"{path} has {size} bytes, which is not one or more uint16 tokens")
         return np.memmap(path, TOKEN, mode="r")
     if not has_magic or len(header) < HEADER:
-        raise ValueError(
-            f"{path} does not start with llm.c's header of 256 int32 and its magic number {MAGIC}"
-        )
+        raise ValueError(f"{path} does not start with llm.c's header of 256 int32 and its magic number {MAGIC}")
     version, tokens = header[1:3].tolist()
     if version != VERSION:
         raise ValueError(f"{path} is an llm.c shard of version {version}; only version {VERSION} can be read")
@@ -164,6 +160,4 @@ def _files(globs: str | Iterable[str]) -> list[Path]:
 
 def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     if tokens.max() >= vocab_size:
-        raise ValueError(
-            f"{where} holds id {tokens.max()}, and vocab_size={vocab_size}: it is of another tokenizer"
-        )
+        raise ValueError(f"{where} holds id {tokens.max()}, and vocab_size={vocab_size}: it is of another tokenizer")

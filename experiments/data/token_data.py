@@ -155,9 +155,7 @@ def _open(folder: Path) -> TokenData:
     return TokenData(train=train, heldout=heldout, vocab_size=len(pieces), pieces=pieces, **fields)
 
 
-def _build(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: int, heldout_fraction: float
-) -> None:
+def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: int, heldout_fraction: float) -> None:
     # The documents go through a file, so that a corpus larger than the memory can be put in order.
     spool, found, extents = folder / "documents", 0, {}
     with open(spool, "wb") as file:
@@ -228,9 +226,7 @@ def _build(
     log.info("prepared %s: %s", meta["name"], meta)
 
 
-def _heldout_tokens(
-    documents: list[bytes], last_is_cut: bool, tokenizer: Tokenizer, dtype: np.dtype
-) -> np.ndarray:
+def _heldout_tokens(documents: list[bytes], last_is_cut: bool, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
     encoded = tokenizer.encode(documents)
     for document, ids in zip(documents, encoded, strict=True):
         if b"".join(tokenizer.pieces[i] for i in ids) != document:
@@ -244,9 +240,7 @@ def _heldout_tokens(
     return np.concatenate([part.astype(dtype) for pair in zip(encoded, ends, strict=True) for part in pair])
 
 
-def _write_train(
-    path: Path, documents: Iterable[bytes], tokenizer: Tokenizer, dtype: np.dtype
-) -> tuple[str, int]:
+def _write_train(path: Path, documents: Iterable[bytes], tokenizer: Tokenizer, dtype: np.dtype) -> tuple[str, int]:
     """Write every document and an eot after it; returns the sha256 and the number of tokens."""
     sha256, eot = hashlib.sha256(), np.array([tokenizer.eot], dtype).tobytes()
     with open(path, "wb") as file:

@@ -25,9 +25,7 @@ class Allocation:
         return step * self.sequences // self.steps
 
 
-def allocate(
-    flops: float, flops_per_token: float, sequence_length: int, batch_tokens: int | None = None
-) -> Allocation:
+def allocate(flops: float, flops_per_token: float, sequence_length: int, batch_tokens: int | None = None) -> Allocation:
     """Spend `flops` on whole sequences: the budget is met from below, to within one sequence.
 
     Where batch_tokens is None the batch grows with the tokens D of the run as 0.58 D^0.571 tokens (Step Law, Li et

@@ -125,7 +125,13 @@ def execute(config: DictConfig, data: TokenData | None = None) -> dict:
             return row
         data = open_data(config) if data is None else data
         planned = plan(config, data)
-        row = {"id": cell, "kind": config.kind, "started": now(), "seed": config.seed, "budget_flops": config.budget.flops}
+        row = {
+            "id": cell,
+            "kind": config.kind,
+            "started": now(),
+            "seed": config.seed,
+            "budget_flops": config.budget.flops,
+        }
         row |= {name: config[name].name for name in ("arch", "objective", "data")}
         row |= {"arm": config.arm, "width": config.arch.width, "learning_rate": config.optim.learning_rate}
         try:

@@ -27,9 +27,7 @@ class TrainingModule(L.LightningModule):
 
     evaluated_at = -1
 
-    def __init__(
-        self, model: LanguageModel, objective, steps: int, optim: DictConfig, heldout_bytes: int, seed: int
-    ):
+    def __init__(self, model: LanguageModel, objective, steps: int, optim: DictConfig, heldout_bytes: int, seed: int):
         super().__init__()
         self.model, self.objective, self.steps, self.optim = model, objective, steps, optim
         self.heldout_bytes, self.seed = heldout_bytes, seed

@@ -155,7 +155,9 @@ def describe(rows: pd.DataFrame, plan: dict, arm: str, prediction: dict | None) 
         best = float(tune.loc[tune.bits_per_byte.idxmin()].learning_rate)
         out["tuning"] = {"learning_rate": best, "flops": float(tune.flops.sum()), "runs": len(tune)}
         if best in (rates[0], rates[-1]):
-            out["warnings"].append(f"learning rate {best:g} is at the edge of the rates tried, {rates[0]:g} to {rates[-1]:g}")
+            out["warnings"].append(
+                f"learning rate {best:g} is at the edge of the rates tried, {rates[0]:g} to {rates[-1]:g}"
+            )
     if len(fit):
         best = fit.loc[fit[fit.budget_flops == fit.budget_flops.max()].bits_per_byte.idxmin()]
         out["best"] = {
@@ -170,7 +172,14 @@ def describe(rows: pd.DataFrame, plan: dict, arm: str, prediction: dict | None) 
 def as_json(m: Minimum) -> dict:
     place = math.exp(m.x) if located([m]) else None
     value = None if m.refused else m.loss
-    return {"budget": m.budget, "sizes": m.sizes, "refused": m.refused, "flags": m.flags, "params": place, "bits_per_byte": value}
+    return {
+        "budget": m.budget,
+        "sizes": m.sizes,
+        "refused": m.refused,
+        "flags": m.flags,
+        "params": place,
+        "bits_per_byte": value,
+    }
 
 
 def band(law: Line, plan: dict) -> list[dict]:
@@ -179,7 +188,9 @@ def band(law: Line, plan: dict) -> list[dict]:
     out = []
     for c in np.geomspace(*ends, 40):
         low, high = law.interval_at(math.log(c))
-        out.append({"flops": float(c), "value": math.exp(law.at(math.log(c))), "low": math.exp(low), "high": math.exp(high)})
+        out.append(
+            {"flops": float(c), "value": math.exp(law.at(math.log(c))), "low": math.exp(low), "high": math.exp(high)}
+        )
     return out
 
 
@@ -237,7 +248,12 @@ def compare(rows: pd.DataFrame, plan: dict, arm: str, reference: str, folder: Pa
         compute = a.budget * math.exp(value)
         inside = pairs[0][1].budget / REACH <= compute <= pairs[-1][1].budget * REACH
         multipliers.append(
-            {"budget": a.budget, "value": math.exp(value), "interval": [math.exp(low), math.exp(high)], "extrapolated": not inside}
+            {
+                "budget": a.budget,
+                "value": math.exp(value),
+                "interval": [math.exp(low), math.exp(high)],
+                "extrapolated": not inside,
+            }
         )
     out |= {"slope_difference": difference, "slope_interval": slope, "multipliers": multipliers}
     return out | verdict(out)
@@ -270,7 +286,9 @@ def verdict(c: dict) -> dict:
         + f" (difference {c['slope_difference']:+.3f} [{low:+.3f}, {high:+.3f}])."
     )
     if first["extrapolated"] or last["extrapolated"]:
-        sentence += f" That compute lies more than {REACH} times outside the reference's budgets: read its sign, not its size."
+        sentence += (
+            f" That compute lies more than {REACH} times outside the reference's budgets: read its sign, not its size."
+        )
     if len(c["bounds"]) == 1:
         sentence += f" {c['bounds'][0]} is an upper bound on its bits per byte, so its true place may be better."
     return {"verdict": word, "sentence": sentence}

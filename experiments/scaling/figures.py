@@ -22,7 +22,9 @@ def label(analysis: dict, arm: str) -> str:
 
 def y_label(arms: list[dict]) -> str:
     kinds = {arm["bound"] for arm in arms}
-    return {(False,): "bits per byte", (True,): "bits per byte (upper bound)"}.get(tuple(kinds), "bits per byte (bounds marked)")
+    return {(False,): "bits per byte", (True,): "bits per byte (upper bound)"}.get(
+        tuple(kinds), "bits per byte (bounds marked)"
+    )
 
 
 def frontier(analysis: dict) -> Figure:
@@ -32,9 +34,18 @@ def frontier(analysis: dict) -> Figure:
     for name, arm in analysis["arms"].items():
         look = style(analysis, name)
         good = [m for m in arm["minima"] if m["bits_per_byte"] is not None]
-        axes.plot([m["budget"] for m in good], [m["bits_per_byte"] for m in good], ls="", ms=7, label=label(analysis, name), **look)
+        axes.plot(
+            [m["budget"] for m in good],
+            [m["bits_per_byte"] for m in good],
+            ls="",
+            ms=7,
+            label=label(analysis, name),
+            **look,
+        )
         if "band" in arm["law"]:
-            x, value, low, high = (np.array([p[key] for p in arm["law"]["band"]]) for key in ("flops", "value", "low", "high"))
+            x, value, low, high = (
+                np.array([p[key] for p in arm["law"]["band"]]) for key in ("flops", "value", "low", "high")
+            )
             axes.plot(x, value, color=look["color"], lw=1.5)
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
         held = arm["holdout"]
@@ -45,7 +56,9 @@ def frontier(analysis: dict) -> Figure:
                 axes.errorbar(held["budget"] * 1.06, held["predicted"], ends, color=look["color"], capsize=4, lw=1.2)
     axes.plot([], [], "o", color="grey", mfc="white", mew=2, ms=9, ls="", label="held-out budget: outcome")
     axes.errorbar([], [], [], color="grey", capsize=4, label="held-out budget: prediction, 95 %")
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs (counted)", ylabel=y_label(list(analysis["arms"].values())))
+    axes.set(
+        xscale="log", yscale="log", xlabel="training FLOPs (counted)", ylabel=y_label(list(analysis["arms"].values()))
+    )
     axes.yaxis.set_major_locator(MaxNLocator(8))  # a log axis over less than a decade has hardly a tick of its own
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_locator(NullLocator())

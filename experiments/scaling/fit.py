@@ -60,7 +60,9 @@ def select_runs(
     named = {name: column for name, column in columns.items() if column is not None}
     for name, column in named.items():
         if column not in table.columns:
-            raise ValueError(f"columns.{name}={column!r} is no column of the table; it has {', '.join(map(repr, table.columns))}")
+            raise ValueError(
+                f"columns.{name}={column!r} is no column of the table; it has {', '.join(map(repr, table.columns))}"
+            )
     if "loss" not in named or len(named.keys() & {"flops", "params", "tokens"}) < 2:
         raise ValueError(
             "name the columns of the loss and of at least two of flops, params and tokens, as in columns.loss=... "
@@ -74,9 +76,15 @@ def select_runs(
         except Exception as error:  # pandas raises whatever Python and numexpr raise
             raise ValueError(f"filter={query!r} cannot be evaluated: {error}") from error
     numbers = [name for name in ("budget", "flops", "params", "tokens", "loss") if name in named]
-    runs = pd.DataFrame({name: pd.to_numeric(kept[named[name]], errors="coerce") for name in numbers}, kept.index).astype(float)
+    runs = pd.DataFrame(
+        {name: pd.to_numeric(kept[named[name]], errors="coerce") for name in numbers}, kept.index
+    ).astype(float)
     derived = []
-    for name, rule in {"flops": "6 * params * tokens", "params": "flops / (6 * tokens)", "tokens": "flops / (6 * params)"}.items():
+    for name, rule in {
+        "flops": "6 * params * tokens",
+        "params": "flops / (6 * tokens)",
+        "tokens": "flops / (6 * params)",
+    }.items():
         if name not in named:
             runs[name] = runs.eval(rule)
             derived.append(f"{name} = {rule}")
@@ -177,7 +185,15 @@ def fit_power_laws(minima: list[Minimum], ratios: list[float], draws: int, seed:
         e = share * loss.min()
         line = fit_line(c, np.log(loss - e), np.log(np.maximum(draws_loss - e, 1e-3 * loss.min())))
         ahead = {f"{factor}x": float(e + np.exp(line.at(np.log(factor * c.max())))) for factor in (4, 16)}
-        pinned.append({"E": float(e), "g": -line.slope, "K": float(np.exp(line.at(np.log(scale)))), "C0": float(scale), "loss_beyond": ahead})
+        pinned.append(
+            {
+                "E": float(e),
+                "g": -line.slope,
+                "K": float(np.exp(line.at(np.log(scale)))),
+                "C0": float(scale),
+                "loss_beyond": ahead,
+            }
+        )
     report["L_pinned_E"] = pinned
     return report
 
@@ -228,16 +244,27 @@ def fit_runs(
         parametric = fit_parametric(fewer, 0, seed)
         laws = fit_power_laws(*budget_minima(fewer), 50, seed)
         table_of_drops.append(
-            {"highest_dropped": drop_highest + dropped, "runs": len(fewer), "isoflop": laws.get("N", {}).get("exponent")}
+            {
+                "highest_dropped": drop_highest + dropped,
+                "runs": len(fewer),
+                "isoflop": laws.get("N", {}).get("exponent"),
+            }
             | {name: fit.get("a") for name, fit in parametric.items()}
         )
     over_6nd = runs.flops / (6 * runs.params * runs.tokens)
     return {
-        "rows": {"read": len(table), "fitted": len(runs), "refused": len(refused), "in_no_budget": int(runs.budget.isna().sum())},
+        "rows": {
+            "read": len(table),
+            "fitted": len(runs),
+            "refused": len(refused),
+            "in_no_budget": int(runs.budget.isna().sum()),
+        },
         "columns": columns,
         "derived": derived,
         "flops_over_6nd": {"median": over_6nd.median(), "lowest": over_6nd.min(), "highest": over_6nd.max()},
-        "grouping": f"column {columns['budget']}" if given else f"windows of +-{budget_tolerance:g} in ln FLOPs, at least 5 runs, a factor {APART} apart",
+        "grouping": f"column {columns['budget']}"
+        if given
+        else f"windows of +-{budget_tolerance:g} in ln FLOPs, at least 5 runs, a factor {APART} apart",
         "budgets": [describe_minimum(m, ratio) for m, ratio in zip(minima, ratios, strict=True)],
         "power_laws": fit_power_laws(minima, ratios, bootstrap, seed),
         "parametric": fit_parametric(runs, bootstrap, seed),

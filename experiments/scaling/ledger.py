@@ -39,13 +39,17 @@ def append(path: Path, row: dict) -> None:
         except OSError as error:
             os.ftruncate(file.fileno(), size)
             if error.errno == errno.ENOSPC:
-                raise OSError(errno.ENOSPC, f"disk full: no room for a ledger row; free some and start again: {path}")
+                message = f"disk full: no room for a ledger row; free some and start again: {path}"
+                raise OSError(errno.ENOSPC, message) from error
             raise
 
 
 def read(path: Path) -> pd.DataFrame:
-    """All good rows, the last one where an id stands twice. A row that is no JSON object with the ledger's columns is
-    named in a warning with its line number, skipped, and left in the file."""
+    """All good rows, the last one where an id stands twice.
+
+    A row that is no JSON object with the ledger's columns is named in a warning with its line number, skipped, and left
+    in the file.
+    """
     rows: dict[str, dict] = {}
     lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
     for number, line in enumerate(lines, start=1):

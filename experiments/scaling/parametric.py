@@ -53,7 +53,11 @@ class Surface:
 
 
 def huber_objective(
-    parameters: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray, weights: np.ndarray | float = 1.0
+    parameters: np.ndarray,
+    log_n: np.ndarray,
+    log_d: np.ndarray,
+    log_loss: np.ndarray,
+    weights: np.ndarray | float = 1.0,
 ) -> tuple[float, np.ndarray]:
     """Sum of Huber(LSE(a - alpha ln N, b - beta ln D, e) - ln L) and its gradient in (a, b, e, alpha, beta)."""
     a, b, e, alpha, beta = parameters
@@ -89,7 +93,9 @@ def _check_bounds(s: Surface, n: np.ndarray, d: np.ndarray) -> Surface:
     terms = {"E": s.E, "A": s.A * n.min() ** -s.alpha, "B": s.B * d.min() ** -s.beta}
     for name, largest in terms.items():
         if not largest > NEGLIGIBLE * sum(terms.values()):
-            raise FitRefused("bound", f"{name}={getattr(s, name):.3g} ran to its bound, 0: its term contributes nothing")
+            raise FitRefused(
+                "bound", f"{name}={getattr(s, name):.3g} ran to its bound, 0: its term contributes nothing"
+            )
     return s
 
 
@@ -176,12 +182,22 @@ def fit_projection(
         first = min(product(grid, grid), key=lambda pair: solve(np.array(pair))[1])
     else:
         first = np.log(start)
-    options = {"xatol": 1e-8, "fatol": 1e-15, "maxiter": 600, "initial_simplex": first + np.array([[0, 0], [0.1, 0], [0, 0.1]])}
+    options = {
+        "xatol": 1e-8,
+        "fatol": 1e-15,
+        "maxiter": 600,
+        "initial_simplex": first + np.array([[0, 0], [0.1, 0], [0, 0.1]]),
+    }
     found = minimize(lambda p: solve(p)[1], first, method="Nelder-Mead", options=options).x
     alpha, beta = np.exp(np.clip(found, low, high))
     (e, a, b), rss = solve(found)
     surface = Surface(
-        float(e * y0), float(a * y0 * n0**alpha), float(b * y0 * d0**beta), float(alpha), float(beta), float(rss * y0**2)
+        float(e * y0),
+        float(a * y0 * n0**alpha),
+        float(b * y0 * d0**beta),
+        float(alpha),
+        float(beta),
+        float(rss * y0**2),
     )
     return _check_bounds(surface, n, d)
 

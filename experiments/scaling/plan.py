@@ -32,7 +32,12 @@ class Cell:
     def overrides(self) -> list[str]:
         """What distinguishes the cell among those of its arm, as Hydra overrides."""
         rate = [] if self.learning_rate is None else [f"optim.learning_rate={self.learning_rate!r}"]
-        changes = [f"kind={self.kind}", f"budget.flops={self.budget!r}", f"arch.width={self.width}", f"seed={self.seed}"]
+        changes = [
+            f"kind={self.kind}",
+            f"budget.flops={self.budget!r}",
+            f"arch.width={self.width}",
+            f"seed={self.seed}",
+        ]
         return changes + rate
 
 
@@ -141,7 +146,9 @@ def make_plan(sweep: DictConfig, arms: list[Arm], data: TokenData, command: str)
         raise ValueError(f"sweep.budgets={budgets} must be positive and different FLOPs")
     holdout = float(sweep.holdout.budget) if sweep.holdout else None
     if holdout is not None and holdout <= budgets[-1]:
-        raise ValueError(f"sweep.holdout.budget={holdout:.3g} must lie above the largest fitted budget, {budgets[-1]:.3g}")
+        raise ValueError(
+            f"sweep.holdout.budget={holdout:.3g} must lie above the largest fitted budget, {budgets[-1]:.3g}"
+        )
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"sweep.arms={names} must have different names: give each its own `name`")
@@ -153,7 +160,9 @@ def make_plan(sweep: DictConfig, arms: list[Arm], data: TokenData, command: str)
         "prior": {
             "rule": "N* = sqrt(C / (6 r)), D* = C / (6 N*)",
             "tokens_per_parameter": {arm.name: arm.tokens_per_parameter for arm in arms},
-            "optimal_params": {arm.name: {f"{c:.6g}": arm.optimum(c) for c in [*budgets, holdout or budgets[-1]]} for arm in arms},
+            "optimal_params": {
+                arm.name: {f"{c:.6g}": arm.optimum(c) for c in [*budgets, holdout or budgets[-1]]} for arm in arms
+            },
         },
         "tuning": OmegaConf.to_container(sweep.tuning, resolve=True) if sweep.tuning else None,
         "corpus": {

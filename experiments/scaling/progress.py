@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from experiments.harness.run import build_objective, plan as plan_run
+from experiments.harness.run import build_objective
+from experiments.harness.run import plan as plan_run
 from experiments.scaling import ledger
 from experiments.scaling.plan import Arm, Cell
 

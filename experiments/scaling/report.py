@@ -180,7 +180,7 @@ def page(plan: dict, rows: pd.DataFrame, analysis: dict, tables: dict, pictures:
         return f'<img alt="{name}" src="{pictures[name]}">' if name in pictures else ""
 
     def items(lines: list[str]) -> str:
-        return "".join(f'<li{" class=warning" * line.startswith("warning")}>{text(line)}</li>' for line in lines)
+        return "".join(f"<li{' class=warning' * line.startswith('warning')}>{text(line)}</li>" for line in lines)
 
     bad = rows[rows.status != "done"]
     ratio = (done.flops_6nd / done.flops).astype(float)
@@ -197,11 +197,17 @@ def page(plan: dict, rows: pd.DataFrame, analysis: dict, tables: dict, pictures:
         for c in analysis["comparisons"]
         if (p := c["paired"])
     )
+    arms = tables["arms"].set_index("arm").T.to_html(border=0)
     tuned = ""
     if "tuning" in pictures:
-        arms = tables["arms"].set_index("arm").T.to_html(border=0)
-    tuned = f"<h2>Learning rates</h2><p>Tuned with equal effort; these runs are in the ledger.</p>{picture('tuning')}"
-    written = f"written {prediction['written']}, before the first held-out run" if prediction and "written" in prediction else ""
+        tuned = (
+            f"<h2>Learning rates</h2><p>Tuned with equal effort; these runs are in the ledger.</p>{picture('tuning')}"
+        )
+    written = (
+        f"written {prediction['written']}, before the first held-out run"
+        if prediction and "written" in prediction
+        else ""
+    )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{text(plan["name"])}: scaling report</title><style>{STYLE}</style>
 <h1>{text(plan["name"])}</h1>

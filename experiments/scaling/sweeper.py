@@ -20,7 +20,11 @@ STAGES = {"tune": "learning rates", "fit": "fitted budgets", "holdout": "held-ou
 
 
 class Sweep:
-    """compose: overrides -> config of a run. launch: runs lists of overrides, numbered from `first`."""
+    """compose: overrides -> config of a run. launch: runs lists of overrides, numbered from `first`.
+
+    Raises:
+        ValueError: for a plan that cannot be made, or that differs from the one in the sweep's folder.
+    """
 
     def __init__(
         self,
@@ -45,13 +49,16 @@ class Sweep:
         command = shlex.join(["python", "-m", "experiments.sweep", *arguments])
         self.plan = make_plan(config.sweep, arms, data, command)
         self.cells = [Cell(**cell) for cell in self.plan["cells"]]
+        if not self.dry_run:
+            self.check_plan()
 
     def run(self) -> None:
-        """The whole sweep. Raises ValueError when another plan lies in the folder."""
         if self.dry_run:
             self.print_plan()
             return
-        self.write_plan()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "plan.json").exists():
+            write_atomically(self.folder / "plan.json", json.dumps(self.plan, indent=1))
         before = self.finished_ids(self.resolved())
         for kind, title in STAGES.items():
             if kind == "holdout":
@@ -66,7 +73,8 @@ class Sweep:
         for line in report.write(self.folder):
             self.console.print(line, markup=False)
 
-    def write_plan(self) -> None:
+    def check_plan(self) -> None:
+        """Raises ValueError when another plan lies in the folder."""
         path = self.folder / "plan.json"
         if path.exists():
             changes = difference(json.loads(path.read_text()), json.loads(json.dumps(self.plan)))
@@ -77,9 +85,6 @@ class Sweep:
                     + "\n  ".join(changes)
                     + "\nGive the sweep another name (sweep.name=...), or go back to the settings on disk"
                 )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.plan, indent=1))
 
     def resolved(self) -> list[Cell]:
         """All cells, with the tuned learning rate where the tuning runs are in."""

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs.channels.mlp import SwiGLU
@@ -21,19 +22,28 @@ ATTENTION = dict(head_dim=8, queries_per_kv=1, qk_norm=True, rope_base=10000.0)
 DELTA = dict(head_dim=8, value_heads_per_key_head=1, conv_width=4)
 BACKBONES = {
     "multi-head": dict(pattern=["a"], mixers={"a": partial(Attention, **ATTENTION)}),
-    "grouped-query": dict(pattern=["a"], mixers={"a": partial(Attention, **ATTENTION | {"queries_per_kv": 2, "qk_norm": False})}),
-    "multi-query tied": dict(pattern=["a"], mixers={"a": partial(Attention, **ATTENTION | {"queries_per_kv": 4})}, tied=True),
+    "grouped-query": dict(
+        pattern=["a"], mixers={"a": partial(Attention, **ATTENTION | {"queries_per_kv": 2, "qk_norm": False})}
+    ),
+    "multi-query tied": dict(
+        pattern=["a"], mixers={"a": partial(Attention, **ATTENTION | {"queries_per_kv": 4})}, tied=True
+    ),
     "gated delta": dict(pattern=["d"], mixers={"d": partial(GatedDelta, **DELTA)}),
     "hybrid": dict(
         pattern=["d", "d", "d", "a"],
-        mixers={"a": partial(Attention, **ATTENTION), "d": partial(GatedDelta, **DELTA | {"value_heads_per_key_head": 2})},
+        mixers={
+            "a": partial(Attention, **ATTENTION),
+            "d": partial(GatedDelta, **DELTA | {"value_heads_per_key_head": 2}),
+        },
     ),
 }
 
 
 def build(name, width=32, dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    model = LanguageModel(V, width, channel=partial(SwiGLU, expansion=8 / 3, multiple_of=8), **BACKBONES[name] | changes)
+    model = LanguageModel(
+        V, width, channel=partial(SwiGLU, expansion=8 / 3, multiple_of=8), **BACKBONES[name] | changes
+    )
     model = model.to(dtype)
     with torch.no_grad():  # every term must matter, the norms and the head too
         for p in model.parameters():
@@ -112,7 +122,14 @@ def test_counted_flops_are_those_that_pytorch_counts(name, visibility, T):
     assert model.flops(T, visibility) == counter.get_total_flops() - unseen
 
 
-COUNTED = {"mm", "bmm", "addmm", "convolution", "linalg_solve_triangular", "_scaled_dot_product_fused_attention_overrideable"}
+COUNTED = {
+    "mm",
+    "bmm",
+    "addmm",
+    "convolution",
+    "linalg_solve_triangular",
+    "_scaled_dot_product_fused_attention_overrideable",
+}
 FREE = {  # data movement, and elementwise or reducing work of order one FLOP an element
     "_log_softmax", "_softmax", "_safe_softmax", "add_", "promote_types", "_to_copy", "_unsafe_view", "add", "arange", "cat", "clone", "constant_pad_nd", "copy_",
     "cos", "cumsum", "detach", "div", "embedding", "empty", "exp", "expand", "flip", "full", "index", "lift_fresh",

@@ -177,9 +177,7 @@ def test_a_data_set_without_the_field_says_which_there_are(rows):
 
 
 def test_the_fingerprint_of_a_data_set_follows_arguments_and_local_files(rows):
-    fingerprints = [
-        HuggingFace("json", data_files=rows, **more).fingerprint() for more in ({}, {"max_bytes": 9})
-    ]
+    fingerprints = [HuggingFace("json", data_files=rows, **more).fingerprint() for more in ({}, {"max_bytes": 9})]
     assert HuggingFace("json", data_files=rows).fingerprint() == fingerprints[0]
     os.utime(rows, ns=(1, 1))
     fingerprints.append(HuggingFace("json", data_files=rows).fingerprint())
@@ -188,8 +186,6 @@ def test_the_fingerprint_of_a_data_set_follows_arguments_and_local_files(rows):
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare.txt is not there")
 def test_one_big_text_file_makes_a_corpus(tmp_path):
-    data = prepare(
-        TextFiles(str(SHAKESPEARE), max_document_bytes=4096), ByteTokenizer(), 65536, 0.1, tmp_path
-    )
+    data = prepare(TextFiles(str(SHAKESPEARE), max_document_bytes=4096), ByteTokenizer(), 65536, 0.1, tmp_path)
     assert 65533 <= data.heldout_bytes <= 65536
     assert 0.8e6 < len(data.train) < SHAKESPEARE.stat().st_size

@@ -24,9 +24,7 @@ def all_sequences(symbols: int, length: int) -> torch.Tensor:
 
 def probability(language: HiddenMarkovLanguage, tokens) -> float:
     """p(x_1 .. x_T) as a sum over all paths of states."""
-    start, move, emit = (
-        x.tolist() for x in (language.initial_S, language.transition_SS, language.emission_SV)
-    )
+    start, move, emit = (x.tolist() for x in (language.initial_S, language.transition_SS, language.emission_SV))
     total = 0.0
     for path in itertools.product(range(language.states), repeat=len(tokens)):
         p = start[path[0]] * math.prod(move[a][b] for a, b in itertools.pairwise(path))
@@ -60,14 +58,10 @@ def test_the_conditionals_are_ratios_of_sums_and_chain_to_the_likelihood(case):
     assert torch.allclose(chained, language.log_likelihood(tokens_NT), rtol=1e-12)
     for row, logp_TV in zip(tokens_NT.tolist(), logp_NTV, strict=True):
         for t in range(len(row)):
-            past = [
-                p for other, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if other[:t] == row[:t]
-            ]
+            past = [p for other, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if other[:t] == row[:t]]
             for v in range(language.symbols):
                 with_v = [*row[:t], v]
-                both = sum(
-                    p for o, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if o[: t + 1] == with_v
-                )
+                both = sum(p for o, p in zip(tokens_NT.tolist(), p_N.tolist(), strict=True) if o[: t + 1] == with_v)
                 assert math.isclose(math.exp(logp_TV[t, v]), both / sum(past), rel_tol=1e-9)
 
 
@@ -192,8 +186,7 @@ def test_as_data_its_windows_are_independent_sequences_of_the_language():
 
 def test_the_held_out_symbols_do_not_depend_on_how_many_are_trained_on():
     short, long, other = (
-        hidden_markov(LANGUAGE, 32, train_tokens, 1000, seed)
-        for train_tokens, seed in ((50, 1), (5000, 1), (50, 2))
+        hidden_markov(LANGUAGE, 32, train_tokens, 1000, seed) for train_tokens, seed in ((50, 1), (5000, 1), (50, 2))
     )
     assert np.array_equal(short.heldout, long.heldout) and not np.array_equal(short.heldout, other.heldout)
     assert len({short.digest, long.digest, other.digest}) == 3

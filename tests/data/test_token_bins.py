@@ -50,9 +50,7 @@ def test_slices_of_a_chain_are_those_of_the_whole(cuts, start, length):
 
 def test_a_slice_inside_one_shard_is_not_copied():
     parts = [np.arange(10), np.arange(10)]
-    assert np.shares_memory(Chained(parts)[12:15], parts[1]) and np.shares_memory(
-        Chained(parts)[2:10], parts[0]
-    )
+    assert np.shares_memory(Chained(parts)[12:15], parts[1]) and np.shares_memory(Chained(parts)[2:10], parts[0])
 
 
 def test_a_chain_refuses_slices_with_a_step():
@@ -64,9 +62,7 @@ def test_a_tokenizer_counts_the_held_out_bytes_exactly(tmp_path, shards):
     text = b"the quick brown fox jumps over the lazy dog\n" * 20
     tokenizer = BPETokenizer(280).fit([text], tmp_path)
     (ids,) = tokenizer.encode([text])
-    shards["val"] = write(
-        tmp_path / "text.bin", np.append(ids, tokenizer.eot).astype(np.uint16), shards["format"]
-    )
+    shards["val"] = write(tmp_path / "text.bin", np.append(ids, tokenizer.eot).astype(np.uint16), shards["format"])
     settings = {"heldout_tokens": len(ids) + 1, "vocab_size": 280, "eot": tokenizer.eot}
     data = token_bins(**shards, **settings, tokenizer=tmp_path / "tokenizer.json")
     assert data.heldout_bytes == len(text)

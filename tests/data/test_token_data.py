@@ -48,9 +48,7 @@ def documents(data: TokenData, tokens) -> list[bytes]:
 
 
 def build(cache, corpus=None, tokenizer=None, heldout_bytes=1500, heldout_fraction=0.2) -> TokenData:
-    return prepare(
-        corpus or Documents(), tokenizer or ByteTokenizer(), heldout_bytes, heldout_fraction, cache
-    )
+    return prepare(corpus or Documents(), tokenizer or ByteTokenizer(), heldout_bytes, heldout_fraction, cache)
 
 
 @pytest.fixture(params=["bytes", "bpe"])
@@ -172,9 +170,7 @@ def test_a_damaged_entry_is_rebuilt_and_this_is_said(tmp_path, caplog, file, dam
         assert build(tmp_path, corpus).digest == digest
     assert corpus.reads == 1
     assert [
-        record
-        for record in caplog.records
-        if "rebuilding" in record.message and str(path.parent) in record.message
+        record for record in caplog.records if "rebuilding" in record.message and str(path.parent) in record.message
     ]
 
 
@@ -202,9 +198,7 @@ def test_processes_that_prepare_at_once_agree_and_one_of_them_works(tmp_path):
     rows = "\n".join(json.dumps({"text": text.decode()}) for text in TEXTS)
     (tmp_path / "rows.jsonl").write_text(rows)
     command = [sys.executable, "-c", code, str(tmp_path / "rows.jsonl"), str(tmp_path / "cache")]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
-    ]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], outputs
     assert {out for out, _ in outputs} == {build(tmp_path).digest + "\n"}

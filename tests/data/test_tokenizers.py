@@ -90,9 +90,7 @@ def test_utf8_parts_keep_the_order_and_every_byte():
 
 
 def test_a_vocabulary_that_the_documents_cannot_fill_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="vocabulary of 25[0-9] ids and not of vocab_size=500: lower vocab_size"
-    ):
+    with pytest.raises(ValueError, match="vocabulary of 25[0-9] ids and not of vocab_size=500: lower vocab_size"):
         BPETokenizer(500).fit([b"ab"], tmp_path)
     with pytest.raises(ValueError, match="vocab_size=256 must be at least 257"):
         BPETokenizer(256)

@@ -24,9 +24,7 @@ def test_each_pass_reads_every_full_window_once(tokens, length, seed):
 
 @given(**sizes, start=st.integers(0, 100), size=st.integers(1, 30), cut=st.integers(0, 29))
 @settings(deadline=None, max_examples=40)
-def test_a_window_depends_on_its_number_and_not_on_how_batches_are_cut(
-    tokens, length, seed, start, size, cut
-):
+def test_a_window_depends_on_its_number_and_not_on_how_batches_are_cut(tokens, length, seed, start, size, cut):
     stream = np.arange(max(tokens, length), dtype=np.uint16)
     whole = TrainWindows(stream, length, seed).batch(start, size)
     other = TrainWindows(stream, length, seed)

@@ -1,7 +1,8 @@
 """Budgets become whole sequences, steps and batches."""
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments.harness.budget import allocate
 

@@ -17,7 +17,9 @@ def test_every_parameter_is_in_one_group_and_only_matrices_scale_with_width(make
     for width in (16, 64):
         model, optimizer = build(make_config, width, "arch=gated_delta_hybrid", f"arch.model.tied={tied}")
         rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        assert len(rate) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        assert (
+            len(rate) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        )
         assert rate[id(model.embedding.weight)] == 0.01
         assert rate[id(model.blocks[0].mixer.A_log)] == 0.01
         assert rate[id(model.blocks[0].channel.gate_up.weight)] == pytest.approx(0.01 * 64 / width)

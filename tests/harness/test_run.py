@@ -139,7 +139,9 @@ def test_tensorboard_has_every_curve_over_steps_tokens_and_flops(make_config, da
 
 
 def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(make_config, data):
-    rows = [execute(make_config(f"seed={seed}", f"root={make_config().root}{i}"), data) for i, seed in enumerate((3, 3, 4))]
+    rows = [
+        execute(make_config(f"seed={seed}", f"root={make_config().root}{i}"), data) for i, seed in enumerate((3, 3, 4))
+    ]
     assert rows[0]["bits_per_byte"] == rows[1]["bits_per_byte"] != rows[2]["bits_per_byte"]
 
 
@@ -172,7 +174,9 @@ def test_an_objective_that_a_mixer_cannot_serve_is_refused_in_a_sentence(make_co
     from archs.visibility import CAUSAL
 
     monkeypatch.setattr(GatedDelta, "visibilities", frozenset({CAUSAL}))
-    with pytest.raises(ValueError, match="needs bidirectional visibility.*gated_delta_hybrid can only do.*choose another"):
+    with pytest.raises(
+        ValueError, match="needs bidirectional visibility.*gated_delta_hybrid can only do.*choose another"
+    ):
         plan(make_config("arch=gated_delta_hybrid", "objective=masked_diffusion"), data)
 
 

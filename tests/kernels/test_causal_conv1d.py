@@ -9,7 +9,9 @@ from kernels import causal_conv1d
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 63, 64, 65])
 @pytest.mark.parametrize("W", [1, 2, 4])
 def test_torch_equals_the_definition_in_output_state_and_gradients(T, W):
-    x, weight, state = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, T, 6), (6, W), (2, W - 1, 6)))
+    x, weight, state = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, T, 6), (6, W), (2, W - 1, 6))
+    )
     results = []
     for backend in ("reference", "torch"):
         y, end = causal_conv1d(x, weight, initial_state=state, backend=backend)

@@ -34,7 +34,11 @@ def make_sweep(tmp_path):
                 for i, offset in enumerate(offsets):
                     offset = offset + (shift if kind == "fit" else 0.0)
                     params = round(math.sqrt(budget / 120) * math.exp(offset))
-                    loss = frontier(law, budget) * (1 + law["curvature"] * offset**2) * math.exp(rng.normal(0, noise) if noise else 0)
+                    loss = (
+                        frontier(law, budget)
+                        * (1 + law["curvature"] * offset**2)
+                        * math.exp(rng.normal(0, noise) if noise else 0)
+                    )
                     rate = [0.005, 0.01, 0.02][i] if kind == "tune" else 0.01
                     loss += 0.1 if kind == "tune" and rate != 0.01 else 0.0
                     name = f"{len(cells):012x}"

@@ -22,7 +22,9 @@ def test_noise_free_laws_are_recovered(make_sweep):
         law = got["arms"][name]["law"]
         assert law["slope"] == pytest.approx(slope, rel=1e-2)
         assert law["size_exponent"] == pytest.approx(0.5, rel=1e-3)
-        assert got["arms"][name]["holdout"]["predicted"] == pytest.approx(got["arms"][name]["holdout"]["bits_per_byte"], rel=1e-2)
+        assert got["arms"][name]["holdout"]["predicted"] == pytest.approx(
+            got["arms"][name]["holdout"]["bits_per_byte"], rel=1e-2
+        )
     assert got["comparisons"][0]["slope_difference"] == pytest.approx(-0.02, rel=2e-2)
 
 

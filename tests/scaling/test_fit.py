@@ -44,7 +44,9 @@ def test_the_laws_of_a_noise_free_table_are_found_in_every_way():
         assert fit["status"] == "converged" and fit["a"] == pytest.approx(TRUE.a, abs=1e-5)
     # The parabola's vertex loss is off by what the parabola leaves out, which is little.
     assert got["power_laws"]["L_saturating"]["E"] == pytest.approx(TRUE.E, rel=0.03)
-    assert all(b["status"] == "ok" and b["tokens_opt"] * b["n_opt"] * 6 == pytest.approx(b["budget"]) for b in got["budgets"])
+    assert all(
+        b["status"] == "ok" and b["tokens_opt"] * b["n_opt"] * 6 == pytest.approx(b["budget"]) for b in got["budgets"]
+    )
     assert [line["runs"] for line in got["sensitivity"]] == [45, 42]
     json.dumps(got["parametric"])
 
@@ -145,7 +147,12 @@ def test_every_kind_of_file_is_read(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("a.csv", None, "no such file"), ("a.xml", "", "must end in"), ("a.csv", "C,N\n", "no rows"), ("a.parquet", "x", "cannot be read")],
+    [
+        ("a.csv", None, "no such file"),
+        ("a.xml", "", "must end in"),
+        ("a.csv", "C,N\n", "no rows"),
+        ("a.parquet", "x", "cannot be read"),
+    ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
     if content is not None:
@@ -161,7 +168,9 @@ def test_what_is_not_finite_becomes_null_in_the_json(tmp_path):
 
 
 def run_app(*arguments):
-    return subprocess.run([sys.executable, "-m", "experiments.fit", *arguments], cwd=ROOT, text=True, capture_output=True)
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.fit", *arguments], cwd=ROOT, text=True, capture_output=True, check=False
+    )
 
 
 def test_the_command_writes_the_json_prints_tables_and_leaves_nothing_else(tmp_path):
@@ -172,7 +181,18 @@ def test_the_command_writes_the_json_prints_tables_and_leaves_nothing_else(tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith(f"written to {tmp_path}/out.json")
     got = json.loads((tmp_path / "out.json").read_text())
-    keys = {"budgets", "power_laws", "parametric", "refused", "sensitivity", "columns", "derived", "rows", "command", "versions"}
+    keys = {
+        "budgets",
+        "power_laws",
+        "parametric",
+        "refused",
+        "sensitivity",
+        "columns",
+        "derived",
+        "rows",
+        "command",
+        "versions",
+    }
     assert keys <= got.keys() and "experiments.fit" in got["command"]
     assert set(ROOT.iterdir()) == before
 
@@ -183,6 +203,8 @@ def test_the_command_writes_the_json_prints_tables_and_leaves_nothing_else(tmp_p
 )
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, arguments, message):
     table().to_csv(tmp_path / "a.csv", index=False)
-    done = run_app(f"runs={tmp_path}/a.csv", f"out={tmp_path}/o.json", "columns.flops=C", "columns.params=N", *arguments)
+    done = run_app(
+        f"runs={tmp_path}/a.csv", f"out={tmp_path}/o.json", "columns.flops=C", "columns.params=N", *arguments
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "o.json").exists()

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.scaling.isoflop import find_minimum, fit_line, fit_saturating, interval, merge_replicates, resample_minima
+from experiments.scaling.isoflop import (
+    find_minimum,
+    fit_line,
+    fit_saturating,
+    interval,
+    merge_replicates,
+    resample_minima,
+)
 from experiments.scaling.parametric import Surface
 
 CHINCHILLA = Surface(1.69, 406.4, 410.7, 0.34, 0.28)

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from experiments.harness.run import run_id
@@ -11,7 +12,10 @@ from experiments.scaling.plan import Arm, Cell, difference, make_plan, nearest_w
 
 SWEEP = {
     "name": "test",
-    "arms": [{"arch": "transformer", "objective": "next_token"}, {"arch": "gated_delta_hybrid", "objective": "masked_diffusion"}],
+    "arms": [
+        {"arch": "transformer", "objective": "next_token"},
+        {"arch": "gated_delta_hybrid", "objective": "masked_diffusion"},
+    ],
     "budgets": [4e9, 1e9, 2e9],
     "sizes": 4,
     "span": 3,
@@ -48,7 +52,9 @@ def test_a_plan_has_every_arm_budget_size_and_seed_once(sweep, arms, data):
         assert sum(cell.kind == "tune" for cell in mine) == 2
         for budget in plan["budgets"]:
             group = [cell for cell in mine if cell.kind == "fit" and cell.budget == budget]
-            assert len(group) == 8 and len({cell.width for cell in group}) == 4 and {cell.seed for cell in group} == {0, 1}
+            assert (
+                len(group) == 8 and len({cell.width for cell in group}) == 4 and {cell.seed for cell in group} == {0, 1}
+            )
         assert len([cell for cell in mine if cell.kind == "holdout"]) == 4
     assert json.loads(json.dumps(plan)) == plan
 
@@ -110,6 +116,9 @@ def test_impossible_plans_say_what_is_wrong(sweep, arms, data, changes, words):
 def test_a_difference_between_plans_is_shown_where_it_is(sweep, arms, data):
     old, new = planned(sweep(), arms, data), planned(sweep(budgets=[1e9, 2e9, 3e9]), arms, data)
     lines = difference(old, new)
-    assert "budgets: [1000000000.0, 2000000000.0, 4000000000.0] on disk, [1000000000.0, 2000000000.0, 3000000000.0]" in lines[0]
+    assert (
+        "budgets: [1000000000.0, 2000000000.0, 4000000000.0] on disk, [1000000000.0, 2000000000.0, 3000000000.0]"
+        in lines[0]
+    )
     assert any(line.startswith("cells: 16 only on disk, 16 only in the new plan") for line in lines)
     assert difference(old, old) == []

@@ -88,7 +88,12 @@ def test_the_prediction_is_written_before_the_held_out_runs_and_the_plan_before_
 def test_another_plan_is_refused_with_the_difference(sweep, tmp_path):
     finish(sweep("sweep.arms=[{arch:transformer,objective:next_token}]", "sweep.tuning=null", "sweep.holdout=null"))
     before = (tmp_path / "ledger.jsonl").read_bytes()
-    process = sweep("sweep.arms=[{arch:transformer,objective:next_token}]", "sweep.tuning=null", "sweep.holdout=null", "sweep.sizes=4")
+    process = sweep(
+        "sweep.arms=[{arch:transformer,objective:next_token}]",
+        "sweep.tuning=null",
+        "sweep.holdout=null",
+        "sweep.sizes=4",
+    )
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "holds another plan" in output and "cells:" in output and "sweep.name" in output
