@@ -25,12 +25,11 @@ from archs.flops import Costs, costs
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.data.windows import check_enough
-from experiments.harness import hardware
+from experiments.harness import hardware, ledger
 from experiments.harness.budget import Allocation, allocate
 from experiments.harness.data_module import DataModule
 from experiments.harness.telemetry import Diverged, Telemetry
 from experiments.harness.training_module import TrainingModule
-from experiments.scaling import ledger
 
 log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -143,7 +142,7 @@ def execute(config: DictConfig, data: TokenData | None = None) -> dict:
             row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         row = {column: row.get(column) for column in ledger.COLUMNS} | {"finished": now()}
         # First beside the run, then in the ledger: a kill between the two loses nothing.
-        write_atomically(folder / "row.json", json.dumps(row))
+        ledger.write_atomically(folder / "row.json", json.dumps(row))
         ledger.append(path, row)
         return row
 
@@ -262,12 +261,6 @@ def save_weights(model: LanguageModel, path: Path) -> None:
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
-    os.replace(temporary, path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
     os.replace(temporary, path)
 
 

@@ -1,13 +1,13 @@
 """Scaling laws from a table of runs, ours or anyone's: which rows count, which budgets they make, what fits them."""
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from experiments.harness.ledger import write_atomically
 from experiments.scaling.isoflop import (
     Line,
     Minimum,
@@ -305,6 +305,4 @@ def jsonable(x):
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")

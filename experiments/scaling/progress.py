@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from experiments.harness import ledger
 from experiments.harness.run import build_objective
 from experiments.harness.run import plan as plan_run
-from experiments.scaling import ledger
 from experiments.scaling.plan import Arm, Cell
 
 

@@ -4,13 +4,13 @@ import base64
 import html
 import io
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.scaling import compare, figures, ledger
+from experiments.harness import ledger
+from experiments.scaling import compare, figures
 from experiments.scaling.fit import write_json
 
 STYLE = """
@@ -52,9 +52,7 @@ def write(sweep: Path) -> list[str]:
     for name, table in tables.items():
         table.to_csv(sweep / "tables" / f"{name}.csv", index=False)
     path = sweep / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page(plan, rows, analysis, tables, pictures, prediction))
-    os.replace(temporary, path)
+    ledger.write_atomically(path, page(plan, rows, analysis, tables, pictures, prediction))
     return [*sentences(analysis), f"report: {path}"]
 
 

@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness.run import open_data, write_atomically
-from experiments.scaling import compare, ledger, report
+from experiments.harness import ledger
+from experiments.harness.run import open_data
+from experiments.scaling import compare, report
 from experiments.scaling.plan import Arm, Cell, difference, make_plan, with_rate
 from experiments.scaling.progress import Progress, duration, estimate_seconds
 
@@ -58,7 +59,7 @@ class Sweep:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
-            write_atomically(self.folder / "plan.json", json.dumps(self.plan, indent=1))
+            ledger.write_atomically(self.folder / "plan.json", json.dumps(self.plan, indent=1))
         before = self.finished_ids(self.resolved())
         for kind, title in STAGES.items():
             if kind == "holdout":
@@ -123,7 +124,7 @@ class Sweep:
         path = self.folder / "prediction.json"
         if self.plan["holdout_budget"] and not path.exists():
             prediction = compare.predict(ledger.read(self.ledger), self.plan)
-            write_atomically(path, json.dumps({"written": time.strftime("%FT%T%z"), **prediction}, indent=1))
+            ledger.write_atomically(path, json.dumps({"written": time.strftime("%FT%T%z"), **prediction}, indent=1))
 
     def print_plan(self) -> None:
         table = Table(title=f"{self.plan['name']}: {len(self.cells)} cells, nothing is run")

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments import sample
 from experiments.data.windows import heldout_windows
+from experiments.harness import ledger
 from experiments.harness import run as run_module
 from experiments.harness.run import execute, plan, run_id
 from experiments.harness.telemetry import Telemetry
-from experiments.scaling import ledger
 
 PAIRS = [(a, o) for a in ("transformer", "gated_delta_hybrid") for o in ("next_token", "masked_diffusion")]
 pairs = pytest.mark.parametrize(("arch", "objective"), PAIRS)

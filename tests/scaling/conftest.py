@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.scaling import ledger
+from experiments.harness import ledger
 
 BUDGETS = [1e12, 2e12, 4e12, 8e12]
 HOLDOUT = 3.2e13

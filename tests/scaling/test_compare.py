@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.scaling import compare, ledger
+from experiments.harness import ledger
+from experiments.scaling import compare
 
 HALF = {"level": 3.0 * 0.5**0.08}  # the reference's law at twice the compute
 

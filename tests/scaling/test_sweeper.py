@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.scaling import ledger
+from experiments.harness import ledger
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

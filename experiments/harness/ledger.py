@@ -63,3 +63,10 @@ def read(path: Path) -> pd.DataFrame:
         except (ValueError, TypeError) as error:
             warnings.warn(f"{path}, line {number}: not a ledger row, skipped ({error})", stacklevel=2)
     return pd.DataFrame(list(rows.values()), columns=COLUMNS)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file whole: a reader, or a crash, never finds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.scaling import ledger
+from experiments.harness import ledger
 
 
 def row(name, **values):
