@@ -26,8 +26,8 @@ def choose_device(accelerator: str) -> torch.device:
 def choose_precision(precision: str, device: torch.device, width: int) -> str:
     """ "float32" or "bf16" for `trainer.precision`.
 
-    auto takes bf16 on GPUs that have it and on CPUs with AMX from width 256 on: below that the casts cost more
-    than the products save (benchmarks in the README).
+    auto takes bf16 on GPUs that have it and on CPUs with AMX from width 256 on: below that the casts cost about
+    what the products save, or more (figures in the README).
     """
     if precision not in ("auto", "float32", "bf16"):
         raise ValueError(f"trainer.precision={precision!r}: choose auto, float32 or bf16")

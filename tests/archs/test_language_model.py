@@ -131,12 +131,11 @@ COUNTED = {
     "_scaled_dot_product_fused_attention_overrideable",
 }
 FREE = {  # data movement, and elementwise or reducing work of order one FLOP an element
-    "_log_softmax", "_softmax", "_safe_softmax", "add_", "promote_types", "_to_copy", "_unsafe_view", "add", "arange", "cat", "clone", "constant_pad_nd", "copy_",
-    "cos", "cumsum", "detach", "div", "embedding", "empty", "exp", "expand", "flip", "full", "index", "lift_fresh",
-    "masked_fill", "mean", "mul", "neg", "new_empty", "new_zeros", "ones", "pow", "reciprocal", "repeat", "rsqrt", "select",
-    "sigmoid", "silu", "sin", "slice", "softplus", "split", "split_with_sizes", "squeeze", "stack", "sub", "sum", "t",
-    "transpose", "tril", "unbind", "unsqueeze", "view", "where", "zeros", "bitwise_not", "rms_norm", "_fused_rms_norm",
-    "ones_like", "zeros_like", "permute", "_reshape_alias", "alias", "scalar_tensor", "fill_", "as_strided",
+    "_fused_rms_norm", "_safe_softmax", "_softmax", "_to_copy", "_unsafe_view", "add", "add_", "arange",
+    "bitwise_not", "cat", "clone", "constant_pad_nd", "cos", "cumsum", "detach", "div", "embedding", "exp",
+    "expand", "flip", "masked_fill", "mean", "mul", "neg", "new_zeros", "ones", "permute", "pow",
+    "promote_types", "rsqrt", "scalar_tensor", "select", "sigmoid", "silu", "sin", "slice", "softplus", "split",
+    "split_with_sizes", "stack", "sub", "sum", "t", "transpose", "tril", "unsqueeze", "view", "where",
 }  # fmt: skip
 
 
