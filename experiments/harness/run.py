@@ -160,7 +160,8 @@ def running(marker: Path):
 def finished(path: Path, folder: Path, cell: str) -> dict | None:
     """The row of a run that is done or diverged, which is its result; a failed one is tried again."""
     rows = ledger.read(path)
-    known = rows[rows.id == cell].to_dict("records")
+    rows = rows[rows.id == cell].astype(object)
+    known = rows.where(rows.notna(), None).to_dict("records")
     if not known and (folder / "row.json").exists():
         row = json.loads((folder / "row.json").read_text())
         if row["status"] != "failed":

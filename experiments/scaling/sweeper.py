@@ -60,17 +60,14 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "plan.json").exists():
             ledger.write_atomically(self.folder / "plan.json", json.dumps(self.plan, indent=1))
-        before = self.finished_ids(self.resolved())
         for kind, title in STAGES.items():
             if kind == "holdout":
                 self.predict()
             self.run_stage(title, [cell for cell in self.resolved() if cell.kind == kind])
             if kind == "tune" and self.plan["tuning"]:
                 self.report_tuning()
-        cells = self.resolved()
-        trained = len(self.finished_ids(cells) - before)
-        if not trained:
-            self.console.print(f"nothing to train: all {len(cells)} cells of {self.folder} were finished before")
+        if not self.launched:
+            self.console.print(f"nothing to train: all {len(self.cells)} cells of {self.folder} were finished before")
         for line in report.write(self.folder):
             self.console.print(line, markup=False)
 

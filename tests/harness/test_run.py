@@ -97,6 +97,8 @@ def test_a_run_that_was_stopped_resumes_exactly(make_config, data, monkeypatch, 
 def test_divergence_is_a_row_and_not_a_crash(make_config, data):
     row = execute(make_config("optim.learning_rate=1e30"), data)
     assert row["status"] == "diverged" and row["bits_per_byte"] is None and "step" in row["error"]
+    again = execute(make_config("optim.learning_rate=1e30"), data)
+    assert json.loads(json.dumps(again, allow_nan=False)) == json.loads(json.dumps(row))
 
 
 def test_a_crash_is_a_row_and_is_tried_again(make_config, data, monkeypatch):
