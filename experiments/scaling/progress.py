@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from experiments.harness import ledger
-from experiments.harness.run import build_objective
-from experiments.harness.run import plan as plan_run
+from experiments.harness.run import build_objective, spend
 from experiments.scaling.plan import Arm, Cell
 
 
@@ -94,8 +93,9 @@ def estimate_seconds(arms: dict[str, Arm], cells: list[Cell], rows: pd.DataFrame
             rates[name] = known.wall_seconds.sum() / known.flops.sum()
             continue
         mine = sorted((cell for cell in cells if cell.arm == name), key=lambda cell: cell.params)
-        config = arm.configure(mine[len(mine) // 2])
-        allocation = plan_run(config, arm.data).allocation
+        middle = mine[len(mine) // 2]
+        config = arm.configure(middle)
+        allocation = spend(config, arm.data, arm.measure(middle.width)[0])
         objective = build_objective(config, arm.data)
         model = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
         size = allocation.first_sequence(1)

@@ -63,7 +63,7 @@ class Sweep:
         for kind, title in STAGES.items():
             if kind == "holdout":
                 self.predict()
-            self.run_stage(title, [cell for cell in self.resolved() if cell.kind == kind])
+            self.run_stage(title, kind)
             if kind == "tune" and self.plan["tuning"]:
                 self.report_tuning()
         if not self.launched:
@@ -84,20 +84,17 @@ class Sweep:
                     + "\nGive the sweep another name (sweep.name=...), or go back to the settings on disk"
                 )
 
-    def resolved(self) -> list[Cell]:
-        """All cells, with the tuned learning rate where the tuning runs are in."""
+    def rates(self) -> dict[str, float | None]:
+        """The learning rate that tuning chose for each arm; None while no tuning run of it is in."""
         rows = ledger.read(self.ledger)
-        rates = {name: tuned_rate(rows[(rows.kind == "tune") & (rows.arm == name)]) for name in self.arms}
-        return [with_rate(cell, rates[cell.arm]) for cell in self.cells]
+        return {name: tuned_rate(rows[(rows.kind == "tune") & (rows.arm == name)]) for name in self.arms}
 
-    def finished_ids(self, cells: list[Cell]) -> set[str]:
-        rows = ledger.read(self.ledger)
-        done = set(rows[rows.status.isin(["done", "diverged"])].id)
-        return done & {self.arms[cell.arm].cell_id(cell) for cell in cells}
-
-    def run_stage(self, title: str, cells: list[Cell]) -> None:
+    def run_stage(self, title: str, kind: str) -> None:
+        rates = self.rates()
+        cells = [with_rate(cell, rates[cell.arm]) for cell in self.cells if cell.kind == kind]
         ids = {self.arms[cell.arm].cell_id(cell): cell for cell in cells}
-        finished = self.finished_ids(cells)
+        rows = ledger.read(self.ledger)
+        finished = ids.keys() & set(rows[rows.status.isin(["done", "diverged"])].id)
         missing = {cell_id: cell for cell_id, cell in ids.items() if cell_id not in finished}
         if not missing:
             return
@@ -110,10 +107,9 @@ class Sweep:
             self.launched += len(order)
 
     def report_tuning(self) -> None:
-        rows = ledger.read(self.ledger)
-        for name, arm in self.arms.items():
-            rate = tuned_rate(rows[(rows.kind == "tune") & (rows.arm == name)])
-            failed = f"no tuning run succeeded, so the untuned {arm.config.optim.learning_rate:g} is used"
+        for name, rate in self.rates().items():
+            untuned = self.arms[name].config.optim.learning_rate
+            failed = f"no tuning run succeeded, so the untuned {untuned:g} is used"
             self.console.print(f"learning rate of {name}: {failed if rate is None else format(rate, 'g')}")
 
     def predict(self) -> None:
