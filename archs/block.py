@@ -1,23 +1,55 @@
-"""One residual block: a sequence mixer, then a channel mixer, each behind an RMSNorm."""
+"""One residual block: a sequence mixer, then (mostly) a channel mixer, each with its norms."""
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from archs.visibility import Visibility
 
+NORM_AT = ("pre", "post", "both")
+
 
 class Block(nn.Module):
-    def __init__(self, width: int, mixer: nn.Module, channel: nn.Module):
+    """x + mixer(x), then x + channel(x), with a norm on what goes in ("pre"), on what comes out before it is added
+    ("post", as in OLMo 2) or on both ("both", as in Gemma 3).
+
+    Args:
+        width: model width.
+        mixer, channel: the two parts; a channel of None leaves the second out, as in Mamba.
+        norm: builds a norm from the width.
+        norm_at: "pre", "post" or "both".
+
+    Raises:
+        ValueError: for another norm_at.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixer: nn.Module,
+        channel: nn.Module | None,
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        norm_at: str = "pre",
+    ):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(width)
+        if norm_at not in NORM_AT:
+            raise ValueError(f"norm_at={norm_at!r} must be one of {', '.join(NORM_AT)}")
+        before, after = norm_at != "post", norm_at != "pre"
+        self.mixer_norm = norm(width) if before else nn.Identity()
         self.mixer = mixer
-        self.channel_norm = nn.RMSNorm(width)
+        self.mixer_post_norm = norm(width) if after else nn.Identity()
         self.channel = channel
+        if channel is not None:
+            self.channel_norm = norm(width) if before else nn.Identity()
+            self.channel_post_norm = norm(width) if after else nn.Identity()
 
     def forward(self, x_BTD: Tensor, visibility: Visibility, state=None):
         """x [B, T, width] and the mixer's state (or None) -> the same."""
         y, state = self.mixer(self.mixer_norm(x_BTD), visibility, state)
-        x_BTD = x_BTD + y
-        return x_BTD + self.channel(self.channel_norm(x_BTD)), state
+        x_BTD = x_BTD + self.mixer_post_norm(y)
+        if self.channel is not None:
+            x_BTD = x_BTD + self.channel_post_norm(self.channel(self.channel_norm(x_BTD)))
+        return x_BTD, state
 
     def flops(self, T: int, visibility: Visibility) -> int:
-        return self.mixer.flops(T, visibility) + self.channel.flops(T)
+        return self.mixer.flops(T, visibility) + (self.channel.flops(T) if self.channel is not None else 0)

@@ -13,7 +13,7 @@ class Costs:
     """flops_per_token: training FLOPs a token (M in C = M x D), three times the forward pass: each matrix product
     is run once forward and twice backward. Recomputation is not counted.
     params_*: numbers of parameters; active ones are used for each token; non-embedding ones are without the
-    embedding and the head.
+    embedding, learned positions and the head.
     state_bytes: decode state of one sequence of the given length, in the model's dtype.
     """
 
@@ -27,13 +27,17 @@ class Costs:
 def costs(model: LanguageModel, T: int, visibility: Visibility, predicted: float = 1.0) -> Costs:
     """Costs of `model` on sequences of T tokens. A model on the meta device costs no memory and no time."""
     total = sum(p.numel() for p in model.parameters())
-    ends = {id(p): p.numel() for p in (model.embedding.weight, model.head.weight)}
+    ends = (*model.embedding.parameters(), *model.head.parameters())
+    if model.positions is not None:
+        ends += (model.positions.weight,)
+    ends = {id(p): p.numel() for p in ends}
+    inactive = sum(block.channel.inactive_params for block in model.blocks if block.channel is not None)
     with torch.no_grad():
         _, states = model.prefill(torch.zeros(1, T, dtype=torch.long, device=model.embedding.weight.device))
     return Costs(
         flops_per_token=3 * model.flops(T, visibility, predicted) / T,
         params_total=total,
-        params_active=total,
+        params_active=total - inactive,
         params_non_embedding=total - sum(ends.values()),
         state_bytes=sum(state.nbytes for state in states),
     )

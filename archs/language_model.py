@@ -1,6 +1,8 @@
 """LanguageModel: embedding -> blocks -> norm -> head. Every backbone is this class with another list of mixers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +26,18 @@ class LanguageModel(nn.Module):
     Args:
         vocab_size: number of token ids, in and out.
         width: model width, the one dial for size; heads and (through `depth_for`) depth follow it.
-        pattern: names of mixers, repeated to fill the depth: ["gated_delta"] * 3 + ["attention"] is a hybrid.
-        mixers: for each name a function of the width that builds the mixer.
-        channel: a function of the width that builds the channel mixer.
+        pattern: blocks, repeated to fill the depth. "gated_delta+mlp" is a block of that mixer and that channel,
+            "mamba2" one of a mixer alone: ["gated_delta+mlp"] * 3 + ["attention+mlp"] is a hybrid.
+        mixers, channels: for each name a function of the width that builds the part.
+        first: blocks in front of the repeated pattern (the dense layers of a mixture of experts).
         depth: number of blocks, or None for `depth_for(width)`.
         tied: whether the head shares the embedding's weights.
+        norm: builds a norm from the width; norm_at: where a block has its norms (see `Block`).
+        head_bias: whether the head has a bias.
+        max_length: longest sequence, with a learned vector for each position (GPT-2); None for no such vectors.
 
     Raises:
-        ValueError: for an empty pattern, a name in it that has no mixer, or a depth that cuts the pattern.
+        ValueError: for an empty pattern, a name in it that has no mixer or channel, or a depth that cuts the pattern.
     """
 
     def __init__(
@@ -40,23 +46,39 @@ class LanguageModel(nn.Module):
         width: int,
         pattern: Sequence[str],
         mixers: Mapping[str, Callable[[int], nn.Module]],
-        channel: Callable[[int], nn.Module],
+        channels: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType({}),
+        first: Sequence[str] = (),
         depth: int | None = None,
         tied: bool = False,
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        norm_at: str = "pre",
+        head_bias: bool = False,
+        max_length: int | None = None,
     ):
         super().__init__()
         depth = depth_for(width) if depth is None else depth
-        unknown = sorted(set(pattern) - set(mixers))
-        if unknown or not pattern:
-            raise ValueError(f"pattern {list(pattern)} may name only the mixers {sorted(mixers)}, and at least one")
-        if depth < 1 or depth % len(pattern):
-            raise ValueError(f"depth {depth} is not a multiple of the {len(pattern)} blocks of pattern {list(pattern)}")
-        self.width, self.depth, self.tied = width, depth, tied
+        parts = [name.partition("+") for name in (*first, *pattern)]
+        if not pattern or any(m not in mixers or (plus and c not in channels) for m, plus, c in parts):
+            raise ValueError(
+                f"pattern {[*first, *pattern]} must have at least one block, each 'mixer' or 'mixer+channel' with a mixer "
+                f"of {sorted(mixers)} and a channel of {sorted(channels)}"
+            )
+        rest = depth - len(first)
+        if rest < 1 or rest % len(pattern):
+            raise ValueError(
+                f"depth {depth} is not {len(first)} first blocks and a multiple of the {len(pattern)} blocks of pattern "
+                f"{list(pattern)}"
+            )
+        self.width, self.depth, self.tied, self.max_length = width, depth, tied, max_length
         self.embedding = nn.Embedding(vocab_size, width)
-        names = list(pattern) * (depth // len(pattern))
-        self.blocks = nn.ModuleList(Block(width, mixers[name](width), channel(width)) for name in names)
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.positions = nn.Embedding(max_length, width) if max_length is not None else None
+        parts = parts[: len(first)] + parts[len(first) :] * (rest // len(pattern))
+        self.blocks = nn.ModuleList(
+            Block(width, mixers[mixer](width), channels[channel](width) if plus else None, norm, norm_at)
+            for mixer, plus, channel in parts
+        )
+        self.norm = norm(width)
+        self.head = nn.Linear(width, vocab_size, bias=head_bias)
         if tied:
             self.head.weight = self.embedding.weight
         self.init_weights()
@@ -64,14 +86,46 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Embedding entries of order one; matrices 1 / sqrt(fan-in); what is added to the residual stream smaller
-        with depth (GPT-2); an untied head at zero, so that the first loss is log(vocab_size)."""
+        with depth (GPT-2); biases and an untied head at zero, so that the first loss is log(vocab_size)."""
         nn.init.normal_(self.embedding.weight)
-        for name, module in self.blocks.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                nn.init.normal_(module.weight, std=std / (2 * self.depth) ** 0.5 if name.endswith("out_proj") else std)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.1)
+        for name, module in self.linear_layers():
+            std = module.in_features**-0.5
+            nn.init.normal_(module.weight, std=std / (2 * self.depth) ** 0.5 if name.endswith("out_proj") else std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
         if not self.tied:
             nn.init.zeros_(self.head.weight)
+
+    def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of every linear layer inside the blocks, those of experts included."""
+        return ((name, m) for name, m in self.blocks.named_modules() if hasattr(m, "in_features"))
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """The losses of the modules' own in the last training forward (balance of experts, indexers), by name, each
+        summed over the blocks and with its coefficient."""
+        losses: dict[str, Tensor] = {}
+        for module in self.blocks.modules():
+            for name, loss in getattr(module, "auxiliary_losses", {}).items():
+                losses[name] = losses[name] + loss if name in losses else loss
+        return losses
+
+    def after_step(self) -> None:
+        """Let the modules that change a buffer after each optimiser step do so (balance without auxiliary loss)."""
+        for module in self.blocks.modules():
+            if hasattr(module, "after_step"):
+                module.after_step()
+
+    def telemetry(self) -> dict[str, float]:
+        """Figures of the last training forward that modules report, each the mean over the blocks that have it."""
+        figures = defaultdict(list)
+        for module in self.blocks.modules():
+            for name, value in getattr(module, "telemetry", dict)().items():
+                figures[name].append(value)
+        return {name: sum(values) / len(values) for name, values in figures.items()}
 
     @property
     def visibilities(self) -> frozenset[Visibility]:
@@ -79,8 +133,18 @@ class LanguageModel(nn.Module):
         return frozenset.intersection(*(block.mixer.visibilities for block in self.blocks))
 
     def hidden(self, tokens_BT: Tensor, visibility: Visibility, states: list | None = None) -> Tensor:
-        """Token ids [B, T] -> normalised hidden vectors [B, T, width]; `states` is advanced in place."""
+        """Token ids [B, T] -> normalised hidden vectors [B, T, width]; `states` is advanced in place.
+
+        Raises:
+            ValueError: where positions are learned and the tokens go beyond the last of them.
+        """
         x_BTD = self.embedding(tokens_BT)
+        if self.positions is not None:
+            start = 0 if states is None else max(state.length for state in states if hasattr(state, "length"))
+            end = start + tokens_BT.shape[1]
+            if end > self.max_length:
+                raise ValueError(f"{end} tokens are beyond the {self.max_length} positions learned: raise max_length")
+            x_BTD = x_BTD + self.positions.weight[start:end]
         for i, block in enumerate(self.blocks):
             x_BTD, state = block(x_BTD, visibility, None if states is None else states[i])
             if states is not None:

@@ -8,31 +8,42 @@ from torch import Tensor
 
 @dataclass
 class KVCache:
-    """Keys and values of all tokens so far, in buffers that grow by doubling.
+    """Keys and values of the tokens that later ones can see, in buffers that grow by doubling.
 
-    k, v: [B, capacity, KV heads, D], of which the first `length` tokens are filled.
+    k, v: [B, capacity, KV heads, D], of which the first `held` tokens are filled.
+    window: tokens that a query sees, itself included, or None for all; older ones are dropped.
+    length: tokens seen so far, the position of the next one.
     """
 
     k: Tensor
     v: Tensor
+    window: int | None = None
     length: int = 0
+    held: int = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v [B, T, KV heads, D]; return all keys and values so far, [B, length, KV heads, D]."""
-        end = self.length + k.shape[1]
-        capacity = self.k.shape[1]
+        """Add k, v [B, T, KV heads, D]; return what the new tokens may see, [B, S, KV heads, D], the new ones last."""
+        T = k.shape[1]
+        self.length += T
+        if self.window is not None:
+            k, v = (torch.cat([old[:, : self.held], new], 1) for old, new in ((self.k, k), (self.v, v)))
+            # The next token sees itself and window - 1 before it.
+            self.held = min(k.shape[1], self.window - 1)
+            self.k, self.v = (x[:, x.shape[1] - self.held :].clone() for x in (k, v))
+            return k, v
+        end, capacity = self.held + T, self.k.shape[1]
         if end > capacity:
             room = max(end, 2 * capacity) - capacity
             self.k, self.v = (torch.cat([x, x.new_empty(x.shape[0], room, *x.shape[2:])], 1) for x in (self.k, self.v))
-        self.k[:, self.length : end] = k
-        self.v[:, self.length : end] = v
-        self.length = end
+        self.k[:, self.held : end] = k
+        self.v[:, self.held : end] = v
+        self.held = end
         return self.k[:, :end], self.v[:, :end]
 
     @property
     def nbytes(self) -> int:
         """Bytes in use; the spare room of the buffers is not counted."""
-        return 2 * self.k[:, : self.length].nbytes
+        return self.k[:, : self.held].nbytes + self.v[:, : self.held].nbytes
 
 
 @dataclass
@@ -40,7 +51,7 @@ class RecurrentState:
     """A state of fixed size: the last inputs of the short convolution and the matrix memory."""
 
     conv: Tensor  # [B, W - 1, C]
-    memory: Tensor  # [B, HV, K, V], float32
+    memory: Tensor  # one matrix a head, float32: [B, HV, K, V] of a delta rule, [B, H, P, N] of Mamba-2
 
     @property
     def nbytes(self) -> int:

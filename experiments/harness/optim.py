@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def adamw(model: nn.Module, *, learning_rate: float, base_width: int, betas, weight_decay: float) -> AdamW:
     """AdamW over the parameters of a LanguageModel in three groups: block matrices, head, and the rest."""
     transfer = base_width / model.width
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    matrices = [layer.weight for _, layer in model.linear_layers()]
     head = [] if model.tied else [model.head.weight]
     taken = {id(p) for p in (*matrices, *head)}
     rest = [p for p in model.parameters() if id(p) not in taken]

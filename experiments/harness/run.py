@@ -178,7 +178,7 @@ def _train(config: DictConfig, data: TokenData, planned: Plan, folder: Path, row
     row |= {
         "data_digest": data.digest,
         "flops": allocation.flops,
-        "flops_6nd": 6.0 * cost.params_total * allocation.tokens,
+        "flops_6nd": 6.0 * cost.params_active * allocation.tokens,
         "flops_per_token": cost.flops_per_token,
         "params_total": cost.params_total,
         "params_active": cost.params_active,
@@ -258,8 +258,9 @@ def _train(config: DictConfig, data: TokenData, planned: Plan, folder: Path, row
 
 
 def save_weights(model: LanguageModel, path: Path) -> None:
-    """Weights as safetensors, replaced atomically; a tied head is stored once."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    """Weights and buffers as safetensors, replaced atomically; a tied head is stored once."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     os.replace(temporary, path)

@@ -52,6 +52,8 @@ class Telemetry(L.Callback):
                 tokens_per_second=tokens_BT.numel() / seconds,
                 model_flops_utilisation=flops_per_second / self.peak_flops,
                 petaflops=self.tokens(trainer.global_step) * self.allocation.flops_per_token / 1e15,
+                **{name: loss.item() for name, loss in module.auxiliary_losses.items()},
+                **module.model.telemetry(),
             )
 
     def on_validation_end(self, trainer, module) -> None:

@@ -47,7 +47,14 @@ class TrainingModule(L.LightningModule):
     def training_step(self, tokens_BT: Tensor, batch_idx: int) -> Tensor:
         # A generator made anew from (seed, step) needs no place in the checkpoint.
         generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
-        return self.objective.loss(self.model, tokens_BT, generator)
+        loss = self.objective.loss(self.model, tokens_BT, generator)
+        self.auxiliary_losses = self.model.auxiliary_losses()
+        return loss + sum(self.auxiliary_losses.values())
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        # Not in a hook at the batch's end, which would come after the checkpoint of the step is written.
+        super().optimizer_step(*args, **kwargs)
+        self.model.after_step()
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optim.gradient_clip)

@@ -1,15 +1,38 @@
-"""The short convolution through PyTorch's depthwise convolution."""
+"""The short convolution through PyTorch's depthwise convolution, channels last."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_conv1d_torch(x: Tensor, weight: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes as in `causal_conv1d`."""
+def causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes as in `causal_conv1d`; without the activation."""
     padded = torch.cat([initial_state.to(x.dtype), x], dim=1)
-    y_BCT = F.conv1d(padded.mT, weight[:, None].to(x.dtype), groups=x.shape[2])
-    return F.silu(y_BCT).mT, padded[:, x.shape[1] :]
+    y_BTC = _Depthwise.apply(padded, weight.to(x.dtype))
+    return y_BTC if bias is None else y_BTC + bias.to(x.dtype), padded[:, x.shape[1] :]
+
+
+def _depthwise(x_BTC: Tensor, weight: Tensor) -> Tensor:
+    """y_t = sum_w weight[:, w] * x_{t + w}. As a 2-D convolution of height 1, which alone knows channels last."""
+    y_BC1T = F.conv2d(x_BTC.mT[:, :, None], weight[:, None, None], groups=x_BTC.shape[2])
+    return y_BC1T[:, :, 0].mT
+
+
+class _Depthwise(torch.autograd.Function):
+    """PyTorch's own gradients of a depthwise convolution take three times as long as these on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x_BTC: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BTC, weight)
+        return _depthwise(x_BTC, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTC, weight = ctx.saved_tensors
+        taps, T = weight.shape[1], gradient.shape[1]
+        to_x = _depthwise(F.pad(gradient, (0, 0, taps - 1, taps - 1)), weight.flip(1))
+        to_weight = torch.stack([(x_BTC[:, w : w + T] * gradient).sum((0, 1)) for w in range(taps)], dim=1)
+        return to_x, to_weight
 
 
 def causal_conv1d_flops(T: int, channels: int, width: int) -> int:

@@ -1,0 +1,182 @@
+"""Mixture of experts."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs.channels.mlp import MLP, activate, check_activation, hidden_width
+from archs.channels.router import Router
+
+
+class ExpertLinear(nn.Module):
+    """One linear layer an expert.
+
+    weight: [experts, out_features, in_features]; bias: [experts, out_features] or None.
+    """
+
+    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, segments: Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
+        """Each segment [n, in_features], with n its own, through the expert named beside it -> [n, out_features]."""
+        # Where autograd records, indexing would cost a gradient as large as all experts for each of them; unbind stacks
+        # them once. Where it does not, unbind would cost a view of each expert for the few that one token uses.
+        weights, biases = (
+            p.unbind() if p is not None and torch.is_grad_enabled() else p for p in (self.weight, self.bias)
+        )
+        return [
+            F.linear(x, weights[e], None if biases is None else biases[e])
+            for x, e in zip(segments, experts, strict=True)
+        ]
+
+
+class MoE(nn.Module):
+    """Mixture of experts (Shazeer et al., arXiv 1701.06538): each token goes through the `top_k` experts that its
+    router chooses, weighted by their gates, and through the shared experts (DeepSeekMoE, arXiv 2401.06066).
+
+    No expert has a capacity, so no token is dropped. Experts that no token chose in a training step get a gradient
+    of zero.
+
+    Args:
+        width: model width.
+        experts: number of routed experts.
+        top_k: routed experts that a token goes through.
+        activation: of all experts, as in `MLP`.
+        gated: as in `MLP`.
+        expansion: that of the dense MLP which costs a token as much (router aside): an expert's hidden width is
+            expansion * width / (top_k + shared), rounded up to a multiple.
+        multiple_of: see `expansion`.
+        hidden: exact hidden width of an expert, in place of `expansion`.
+        bias: biases in router and experts.
+        shared: number of shared experts.
+        shared_hidden: exact hidden width of each shared expert, with `hidden`; None for that of a routed one.
+        shared_gate: whether a sigmoid of the token weighs the shared experts (Qwen2-MoE, Qwen3-Next).
+        routing: options of `Router`.
+
+    Raises:
+        ValueError: for what `Router` and `MLP` refuse, or options of shared experts where there are none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        experts: int,
+        top_k: int,
+        activation: str,
+        gated: bool,
+        expansion: float | None = None,
+        multiple_of: int = 1,
+        hidden: int | None = None,
+        bias: bool = False,
+        shared: int = 0,
+        shared_hidden: int | None = None,
+        shared_gate: bool = False,
+        **routing,
+    ):
+        super().__init__()
+        check_activation(activation, gated)
+        if shared < 0 or (not shared and (shared_gate or shared_hidden is not None)):
+            raise ValueError(f"shared {shared} must be at least 1 for shared_hidden or shared_gate, and never negative")
+        if expansion is not None and shared_hidden is not None:
+            raise ValueError("shared_hidden goes with hidden; expansion sets the width of shared experts by itself")
+        self.router = Router(width, experts=experts, top_k=top_k, bias=bias, **routing)
+        hidden = hidden_width(width, expansion and expansion / (top_k + shared), multiple_of, hidden)
+        self.activation, self.gated = activation, gated
+        self.gate_up = ExpertLinear(experts, width, 2 * hidden if gated else hidden, bias)
+        self.out_proj = ExpertLinear(experts, hidden, width, bias)
+        self.shared = self.shared_gate = None
+        if shared:
+            # Several shared experts are one whose hidden layer is theirs side by side.
+            shared_hidden = shared * (hidden if shared_hidden is None else shared_hidden)
+            self.shared = MLP(width, activation=activation, gated=gated, hidden=shared_hidden, bias=bias)
+        if shared_gate:
+            self.shared_gate = nn.Linear(width, 1, bias=False)
+        # Of the last training forward: choices of each expert, and pairs of a token and an expert asked and computed.
+        self.loads: list[int] = []
+        self.asked = self.computed = 0
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x [B, T, width] -> the same shape. In training it sets `auxiliary_losses`."""
+        x_ND = x_BTD.flatten(0, 1)
+        gates_NK, chosen_NK, load_E = self.router(x_ND)
+        loads = self._on_host(load_E, chosen_NK.numel())
+        active = [e for e, load in enumerate(loads) if load]
+        # All pairs of a token and an expert, P = N K of them, by expert: each expert's tokens are one segment.
+        order_P = chosen_NK.flatten().argsort(stable=True)
+        place_P = torch.empty_like(order_P)
+        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        segments = x_ND.index_select(0, order_P // chosen_NK.shape[1]).split([loads[e] for e in active])
+        hidden = [activate(h, self.activation, self.gated) for h in self.gate_up(segments, active)]
+        y_PD = torch.cat(self.out_proj(hidden, active))
+        # The sum over a token's experts, weighted by the gates, without a copy of y in the tokens' order.
+        gates_NK = gates_NK.to(y_PD.dtype)
+        y_ND = F.embedding_bag(place_P.view_as(chosen_NK), y_PD, per_sample_weights=gates_NK, mode="sum")
+        if self.training:
+            self.loads, self.asked, self.computed = loads, chosen_NK.numel(), len(y_PD)
+        y_BTD = y_ND.view(x_BTD.shape)
+        if self.shared is None:
+            return y_BTD
+        shared_BTD = self.shared(x_BTD)
+        return y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
+
+    @staticmethod
+    def _on_host(load_E: Tensor, pairs: int) -> list[int]:
+        """The loads as numbers. Meta tensors have none: even loads stand for them, any loads cost the same."""
+        if not load_E.is_meta:
+            return load_E.tolist()
+        share, rest = divmod(pairs, len(load_E))
+        return [share + (e < rest) for e in range(len(load_E))]
+
+    @property
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """The router's losses in the last forward, coefficients included: "balance", "router_z"; none in evaluation."""
+        return self.router.losses
+
+    def after_step(self) -> None:
+        """To be called once after each optimiser step: moves the router's choice biases."""
+        self.router.update_bias()
+
+    def telemetry(self) -> dict[str, float]:
+        """Figures of the last training forward, none before it.
+
+        expert_load: the largest load over the mean load; 1 is even, E / top_k is all tokens to the same experts.
+        router_entropy: in nats, of the routing distribution averaged over tokens; log E where all are used alike.
+        dead_experts: share of the experts that no token chose.
+        dropped_tokens: share of the chosen (token, expert) pairs that were not computed.
+        """
+        if not self.loads:
+            return {}
+        experts = len(self.loads)
+        return {
+            "expert_load": max(self.loads) * experts / self.asked,
+            "router_entropy": torch.special.entr(self.router.share_E).sum().item(),
+            "dead_experts": self.loads.count(0) / experts,
+            "dropped_tokens": 1 - self.computed / self.asked,
+        }
+
+    @property
+    def inactive_params(self) -> int:
+        """Parameters of the experts that a token does not go through."""
+        routed = sum(p.numel() for layer in (self.gate_up, self.out_proj) for p in layer.parameters())
+        return routed // self.router.experts * (self.router.experts - self.router.top_k)
+
+    def flops(self, T: int) -> int:
+        """Forward FLOPs of one sequence of T tokens: router, top_k experts and shared experts."""
+        router = self.router.linear.weight.numel()
+        experts = self.router.top_k * (self.gate_up.weight[0].numel() + self.out_proj.weight[0].numel())
+        gate = 0 if self.shared_gate is None else self.shared_gate.weight.numel()
+        return 2 * T * (router + experts + gate) + (0 if self.shared is None else self.shared.flops(T))

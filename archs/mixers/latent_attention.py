@@ -1,0 +1,122 @@
+"""Multi-head latent attention: keys and values of all heads from one small latent vector a token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs.mixers.heads import heads_for
+from archs.positions import Rotary
+from archs.state import KVCache
+from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    A token's latent of kv_rank numbers gives the keys and values of all heads; a key of rope_dim numbers, which all
+    heads share, carries its position. Only these two are cached. Training and a prompt without a past expand them to
+    keys and values ("materialised"). What continues a cache folds the expansion into queries and outputs instead
+    ("absorbed"), so that attention runs on the cached latents themselves, shared by all heads.
+
+    Args:
+        width: model width.
+        head_dim: dimension of a head's values and of the part of its keys without position; where `heads` is None,
+            nearly (see `heads_for`).
+        position: turns the part of queries and keys with position.
+        heads: number of heads, or None for as many as fill the width.
+        kv_rank: dimension of the latent; None for 4 head_dim, as in DeepSeek-V3.
+        q_rank: dimension of a latent of the queries, or None for queries straight from x.
+        nope_dim, rope_dim: dimensions of the parts of a key without and with position; None for head_dim and half of it.
+        scale: factor on the scores; None for (nope_dim + rope_dim) ** -0.5.
+        norm_eps: of the norms on the latents.
+
+    Raises:
+        ValueError: when the width cannot be cut into such heads.
+    """
+
+    visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        head_dim: int,
+        position: Rotary,
+        heads: int | None = None,
+        kv_rank: int | None = None,
+        q_rank: int | None = None,
+        nope_dim: int | None = None,
+        rope_dim: int | None = None,
+        scale: float | None = None,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        if heads is None:
+            heads = heads_for(width, head_dim)
+            head_dim = width // heads
+        self.heads, self.value_dim, self.position = heads, head_dim, position
+        self.kv_rank = 4 * head_dim if kv_rank is None else kv_rank
+        self.nope_dim = head_dim if nope_dim is None else nope_dim
+        self.rope_dim = max(2, head_dim // 4 * 2) if rope_dim is None else rope_dim
+        self.scale = (self.nope_dim + self.rope_dim) ** -0.5 if scale is None else scale
+        self.q_down = nn.Linear(width, q_rank, bias=False) if q_rank is not None else None
+        self.q_norm = nn.RMSNorm(q_rank, eps=norm_eps) if q_rank is not None else None
+        self.q_up = nn.Linear(width if q_rank is None else q_rank, heads * (self.nope_dim + self.rope_dim), bias=False)
+        self.kv_down = nn.Linear(width, self.kv_rank + self.rope_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(self.kv_rank, eps=norm_eps)
+        self.kv_up = nn.Linear(self.kv_rank, heads * (self.nope_dim + self.value_dim), bias=False)
+        self.out_proj = nn.Linear(heads * self.value_dim, width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
+    ) -> tuple[Tensor, KVCache | None]:
+        """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
+        offset = state.length if state is not None else 0
+        q_nope, q_rope = self.queries(x_BTD, offset)
+        latent_BTR, k_rope_BTE = self.kv_down(x_BTD).split([self.kv_rank, self.rope_dim], dim=-1)
+        latent_BT1R = self.kv_norm(latent_BTR)[:, :, None]
+        k_rope_BT1E = self.position(k_rope_BTE[:, :, None], offset)
+        if state is not None:
+            latent_BT1R, k_rope_BT1E = state.append(latent_BT1R, k_rope_BT1E)
+        attend = self._absorbed if offset else self._materialised
+        y_BTHV = attend(q_nope, q_rope, latent_BT1R, k_rope_BT1E, visibility)
+        return self.out_proj(y_BTHV.flatten(2)), state
+
+    def queries(self, x_BTD: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """The parts of the queries without [B, T, H, nope_dim] and with [B, T, H, rope_dim] position."""
+        latent = x_BTD if self.q_down is None else self.q_norm(self.q_down(x_BTD))
+        q_nope, q_rope = self.q_up(latent).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
+        return q_nope, self.position(q_rope, offset)
+
+    def _materialised(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visibility: Visibility):
+        kv_BTHE = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.heads, -1))
+        k_nope, v = kv_BTHE.split([self.nope_dim, self.value_dim], dim=-1)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        causal = visibility is CAUSAL and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale).transpose(1, 2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visibility: Visibility):
+        T, S = q_nope.shape[1], latent.shape[1]
+        up_HER = self.kv_up.weight.unflatten(0, (self.heads, -1))
+        k_up_HNR, v_up_HVR = up_HER.split([self.nope_dim, self.value_dim], dim=1)
+        q_BTHR = torch.einsum("bthn,hnr->bthr", q_nope, k_up_HNR)
+        q = torch.cat([q_BTHR, q_rope], dim=-1)
+        k = torch.cat([latent, k_rope], dim=-1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, latent))
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
+        y_BHTR = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
+        return torch.einsum("bhtr,hvr->bthv", y_BHTR, v_up_HVR)
+
+    def empty_state(self, batch: int) -> KVCache:
+        """A cache whose "keys" are the latents and whose "values" are the keys with position."""
+        weight = self.kv_down.weight
+        return KVCache(*(weight.new_empty(batch, 0, 1, n) for n in (self.kv_rank, self.rope_dim)))
+
+    def flops(self, T: int, visibility: Visibility) -> int:
+        """Forward FLOPs of one sequence in the materialised form, scores and sums over the visible pairs only."""
+        layers = (self.q_down, self.q_up, self.kv_down, self.kv_up, self.out_proj)
+        weights = sum(layer.weight.numel() for layer in layers if layer is not None)
+        pair = 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
+        return 2 * T * weights + pair * visibility.pairs(T)

@@ -1,0 +1,78 @@
+"""What each backbone is made of: parameters, FLOPs a token and decode state at several lengths.
+
+python -m experiments.anatomy 'archs=[gpt2,qwen3_next]' arch.width=256
+
+Nothing is trained and no weight is made: the models are built on the meta device.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+import pandas as pd
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from archs.flops import costs
+from archs.visibility import Visibility
+
+ARCHS = Path(__file__).parents[1] / "configs" / "arch"
+
+
+def anatomy(config: DictConfig, length: int) -> dict:
+    """Costs of one arch at one length: counts of parameters, forward FLOPs a token, bytes of one sequence's state.
+
+    Raises:
+        ValueError: for a visibility that the arch cannot do.
+    """
+    visibility = Visibility(config.visibility)
+    with torch.device("meta"):
+        model = instantiate(config.arch.model, vocab_size=config.vocab_size)
+    if visibility not in model.visibilities:
+        raise ValueError(f"arch={config.arch.name} cannot do visibility={config.visibility}")
+    cost = costs(model, length, visibility)
+    return {
+        "arch": config.arch.name,
+        "width": config.arch.width,
+        "depth": model.depth,
+        "params": cost.params_total,
+        "active": cost.params_active,
+        "non_embedding": cost.params_non_embedding,
+        f"flops_per_token@{length}": round(cost.flops_per_token / 3),
+        f"state_bytes@{length}": cost.state_bytes,
+    }
+
+
+def table(names: list[str], lengths: list[int], overrides: list[str]) -> pd.DataFrame:
+    """One row an arch."""
+    rows = []
+    for name in names:
+        row = {}
+        for length in lengths:
+            changes = [*overrides, f"arch={name}", f"data.sequence_length={length}"]
+            row |= anatomy(hydra.compose("anatomy", changes), length)
+        rows.append(row)
+    columns = list(rows[0])
+    return pd.DataFrame(rows)[sorted(columns, key=lambda c: ("flops" in c, "state" in c) > (False, False))]
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="anatomy")
+def main(config: DictConfig) -> None:
+    known = sorted(path.stem for path in ARCHS.glob("*.yaml"))
+    chosen = HydraConfig.get().runtime.choices.arch
+    given = HydraConfig.get().overrides.task
+    names = list(config.archs or ([chosen] if any(o.startswith("arch=") for o in given) else known))
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"error: no arch {unknown[0]!r}: choose from {', '.join(known)}")
+    overrides = [o for o in given if not o.startswith(("arch=", "data."))]
+    try:
+        result = table(names, list(config.lengths), overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(result.to_string(index=False, formatters={c: "{:,}".format for c in result.columns if c != "arch"}))
+
+
+if __name__ == "__main__":
+    main()

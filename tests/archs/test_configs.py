@@ -1,0 +1,58 @@
+"""The named backbones: each composes, costs what it says, trains under each objective, and is what it is named for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from experiments.anatomy import anatomy
+from experiments.harness.optim import adamw
+from objectives.masked_diffusion import MaskedDiffusion
+from objectives.next_token import NextToken
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in (CONFIGS / "arch").glob("*.yaml"))
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("anatomy", [f"arch={name}", *overrides])
+
+
+@every
+def test_the_name_of_a_config_is_that_of_its_file(name):
+    assert composed(name).arch.name == name
+
+
+@every
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("objective", [NextToken, MaskedDiffusion])
+def test_it_learns_a_repeating_sequence_under_every_objective_with_nothing_but_its_config(name, width, objective):
+    torch.manual_seed(0)
+    objective = objective(vocab_size=11, eot=0)
+    config = composed(name, f"arch.width={width}")
+    model = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
+    optimizer = adamw(model, learning_rate=0.01, base_width=32, betas=(0.9, 0.95), weight_decay=0.0)
+    tokens_BT = torch.arange(40).remainder(5).expand(8, -1) + 1
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(30):
+        loss = objective.loss(model, tokens_BT, generator) + sum(model.auxiliary_losses().values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.after_step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+@every
+def test_costs_at_a_longer_length_are_those_of_a_model_that_remembers_more_or_the_same(name):
+    short, long = (anatomy(composed(name, f"data.sequence_length={T}"), T) for T in (64, 256))
+    assert long["state_bytes@256"] >= short["state_bytes@64"] > 0
+    assert long["flops_per_token@256"] >= 0.9 * short["flops_per_token@64"]
+    assert long["active"] <= long["params"]
+    assert (long["active"] < long["params"]) == (name in {"qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3"})
