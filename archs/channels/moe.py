@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from archs.channels.mlp import MLP, activate, check_activation, hidden_width
 from archs.channels.router import Router
 
+ROWS = 64  # bfloat16 on CPUs: an expert's tokens are filled up to a multiple of this
+
 
 class ExpertLinear(nn.Module):
     """One linear layer an expert.
@@ -119,9 +121,13 @@ class MoE(nn.Module):
         order_P = chosen_NK.flatten().argsort(stable=True)
         place_P = torch.empty_like(order_P)
         place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        segments = x_ND.index_select(0, order_P // chosen_NK.shape[1]).split([loads[e] for e in active])
+        sizes = [loads[e] for e in active]
+        segments = x_ND.index_select(0, order_P // chosen_NK.shape[1]).split(sizes)
+        if x_ND.device.type == "cpu" and (x_ND.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")):
+            # oneDNN prepares a bfloat16 product anew for every number of rows, which takes longer than the product.
+            segments = [F.pad(x, (0, 0, 0, -len(x) % ROWS)) if len(x) > 1 else x for x in segments]
         hidden = [activate(h, self.activation, self.gated) for h in self.gate_up(segments, active)]
-        y_PD = torch.cat(self.out_proj(hidden, active))
+        y_PD = torch.cat([y[:n] for y, n in zip(self.out_proj(hidden, active), sizes, strict=True)])
         # The sum over a token's experts, weighted by the gates, without a copy of y in the tokens' order.
         gates_NK = gates_NK.to(y_PD.dtype)
         y_ND = F.embedding_bag(place_P.view_as(chosen_NK), y_PD, per_sample_weights=gates_NK, mode="sum")
