@@ -19,6 +19,7 @@ from archs.mixers.heads import heads_for
 from archs.mixers.latent_attention import LatentAttention
 from archs.mixers.linear_attention import LinearAttention
 from archs.mixers.mamba2 import Mamba2
+from archs.mixers.parallel import Parallel
 from archs.positions import Alibi, Rotary
 from archs.visibility import BIDIRECTIONAL, CAUSAL
 
@@ -49,6 +50,9 @@ MIXERS = {
     "delta grouped": partial(GatedDelta, **DELTA | {"value_heads_per_key_head": 2}),
     "deltanet": partial(GatedDelta, **DELTA, decay=False),
     "mamba2": partial(Mamba2, **MAMBA),
+    "parallel": partial(
+        Parallel, mixers=[partial(Attention, **ATTENTION, window=9), partial(Mamba2, **MAMBA, expand=1)]
+    ),
     "retnet": partial(LinearAttention, **LINEAR, decay="fixed"),
     "gated linear": partial(LinearAttention, **LINEAR, decay="gated"),
 }
@@ -142,7 +146,7 @@ def solve_triangular_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) ->
 
 
 def attention(model) -> list:
-    return [block.mixer for block in model.blocks if isinstance(block.mixer, Attention | LatentAttention)]
+    return [module for module in model.modules() if isinstance(module, Attention | LatentAttention)]
 
 
 def pair_flops(mixer) -> int:
@@ -223,7 +227,7 @@ def test_state_bytes_and_parameters_are_those_of_the_real_tensors(name):
     counted = costs(meta, 50, CAUSAL)
     _, states = real.prefill(x)
     held = 0
-    for state in states:
+    for state in (part for state in states for part in getattr(state, "states", [state])):
         if hasattr(state, "memory"):
             held += 4 * (state.memory.numel() + state.conv.numel())
         else:  # the next token sees itself and window - 1 others
@@ -239,7 +243,7 @@ def test_state_bytes_and_parameters_are_those_of_the_real_tensors(name):
 
 def test_a_recurrent_state_does_not_grow_and_a_cache_does():
     for name, grows in [
-        (name, name not in RECURRENT | {"window", "sinks"}) for name in BACKBONES if "hybrid" not in name
+        (name, name not in RECURRENT | {"window", "sinks", "parallel"}) for name in BACKBONES if "hybrid" not in name
     ]:
         model = build(name)
         sizes = [sum(s.nbytes for s in model.prefill(tokens(1, T))[1]) for T in (10, 100)]
@@ -275,6 +279,7 @@ def test_depth_follows_width(width, depth):
         ),
         ("hybrid", {"pattern": ["delta+x"]}, r"pattern \['delta\+x'\] must have"),
         ("hybrid", {"norm_at": "middle"}, "norm_at='middle' must be one of pre, post, both"),
+        ("parallel", {"mixers": {"parallel": partial(Parallel, mixers=[])}}, "0 mixers do not stand side by side"),
         ("learned", {"mixers": {"learned": partial(Attention, **ATTENTION, window=0)}}, "window=0 must be at least 1"),
         ("hybrid", {"pattern": []}, "at least one"),
         ("multi-query tied", {"width": 28}, "width 28 cannot be cut .* multiple of 8"),
