@@ -48,11 +48,30 @@ class KVCache:
 
 @dataclass
 class RecurrentState:
-    """A state of fixed size: the last inputs of the short convolution and the matrix memory."""
+    """A state of fixed size: the last inputs of the short convolution and, where there is one, the matrix memory."""
 
     conv: Tensor  # [B, W - 1, C]
-    memory: Tensor  # one matrix a head, float32: [B, HV, K, V] of a delta rule, [B, H, P, N] of Mamba-2
+    memory: Tensor | None = None  # one matrix a head, float32: [B, HV, K, V] of a delta rule, [B, H, P, N] of Mamba-2
 
     @property
     def nbytes(self) -> int:
-        return self.conv.nbytes + self.memory.nbytes
+        return self.conv.nbytes + (0 if self.memory is None else self.memory.nbytes)
+
+
+@dataclass
+class States:
+    """The states of several parts of one mixer, in their order."""
+
+    states: list
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far, by any part that knows; without one there is no such attribute."""
+        known = [state.length for state in self.states if hasattr(state, "length")]
+        if not known:
+            raise AttributeError("no part of this state knows how many tokens it has seen")
+        return max(known)

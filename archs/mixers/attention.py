@@ -178,4 +178,9 @@ class Attention(nn.Module):
         computes unseen pairs too: the upper triangle where no fused kernel skips it, the rest of a band's blocks.)"""
         weights = sum(layer.weight.numel() for layer in (self.qkv, self.gate, self.out_proj) if layer is not None)
         sinks = T if self.sinks is not None else 0
-        return 2 * T * weights + 4 * self.heads * self.head_dim * (visibility.pairs(T, self.window) + sinks)
+        return 2 * T * weights + self.pair_flops * (visibility.pairs(T, self.window) + sinks)
+
+    @property
+    def pair_flops(self) -> int:
+        """Forward FLOPs of the score and the sum of one (query, key) pair in all heads."""
+        return 4 * self.heads * self.head_dim

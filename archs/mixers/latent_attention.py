@@ -72,42 +72,54 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, KVCache | None]:
         """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
         offset = state.length if state is not None else 0
-        q_nope, q_rope = self.queries(x_BTD, offset)
-        latent_BTR, k_rope_BTE = self.kv_down(x_BTD).split([self.kv_rank, self.rope_dim], dim=-1)
-        latent_BT1R = self.kv_norm(latent_BTR)[:, :, None]
-        k_rope_BT1E = self.position(k_rope_BTE[:, :, None], offset)
+        q, latent, k_rope = self.project(x_BTD, self.query_input(x_BTD), offset)
         if state is not None:
-            latent_BT1R, k_rope_BT1E = state.append(latent_BT1R, k_rope_BT1E)
-        attend = self._absorbed if offset else self._materialised
-        y_BTHV = attend(q_nope, q_rope, latent_BT1R, k_rope_BT1E, visibility)
-        return self.out_proj(y_BTHV.flatten(2)), state
+            latent, k_rope = state.append(latent, k_rope)
+        absorbed = offset > 0
+        q, k, v = (x.transpose(1, 2) for x in self.heads_of(q, latent, k_rope, absorbed))
+        T, S = q.shape[2], k.shape[2]
+        causal = visibility is CAUSAL and T > 1
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if causal and absorbed else None
+        y_BHTE = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.scale, enable_gqa=absorbed
+        )
+        return self.output(y_BHTE.transpose(1, 2), x_BTD, absorbed), state
 
-    def queries(self, x_BTD: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """The parts of the queries without [B, T, H, nope_dim] and with [B, T, H, rope_dim] position."""
-        latent = x_BTD if self.q_down is None else self.q_norm(self.q_down(x_BTD))
-        q_nope, q_rope = self.q_up(latent).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
-        return q_nope, self.position(q_rope, offset)
+    def query_input(self, x_BTD: Tensor) -> Tensor:
+        """What queries are made of: their normalised latent [B, T, q_rank], or x where they have none."""
+        return x_BTD if self.q_down is None else self.q_norm(self.q_down(x_BTD))
 
-    def _materialised(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visibility: Visibility):
+    def project(self, x_BTD: Tensor, query_input: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, heads, nope_dim + rope_dim], and what is cached: the latent [B, T, 1, kv_rank] and the key with
+        position [B, T, 1, rope_dim]; x starts at position `offset`."""
+        q_nope, q_rope = (
+            self.q_up(query_input).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
+        )
+        latent, k_rope = self.kv_down(x_BTD)[:, :, None].split([self.kv_rank, self.rope_dim], dim=-1)
+        q = torch.cat([q_nope, self.position(q_rope, offset)], dim=-1)
+        return q, self.kv_norm(latent), self.position(k_rope, offset)
+
+    def heads_of(self, q: Tensor, latent: Tensor, k_rope: Tensor, absorbed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values to attend with: [B, T or S, heads, D] materialised; absorbed, the queries reach into
+        the latent space and the latents themselves are the one head of keys and of values."""
+        if absorbed:
+            k_up_HNR, _ = self._up()
+            q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
+            q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, k_up_HNR), q_rope], dim=-1)
+            return q, torch.cat([latent, k_rope], dim=-1), latent
         kv_BTHE = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.heads, -1))
         k_nope, v = kv_BTHE.split([self.nope_dim, self.value_dim], dim=-1)
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = visibility is CAUSAL and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale).transpose(1, 2)
+        return q, torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1), v
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visibility: Visibility):
-        T, S = q_nope.shape[1], latent.shape[1]
-        up_HER = self.kv_up.weight.unflatten(0, (self.heads, -1))
-        k_up_HNR, v_up_HVR = up_HER.split([self.nope_dim, self.value_dim], dim=1)
-        q_BTHR = torch.einsum("bthn,hnr->bthr", q_nope, k_up_HNR)
-        q = torch.cat([q_BTHR, q_rope], dim=-1)
-        k = torch.cat([latent, k_rope], dim=-1)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, latent))
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
-        y_BHTR = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
-        return torch.einsum("bhtr,hvr->bthv", y_BHTR, v_up_HVR)
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """The expansions of a latent to keys [heads, nope_dim, kv_rank] and to values [heads, value_dim, kv_rank]."""
+        return self.kv_up.weight.unflatten(0, (self.heads, -1)).split([self.nope_dim, self.value_dim], dim=1)
+
+    def output(self, y_BTHE: Tensor, x_BTD: Tensor, absorbed: bool) -> Tensor:
+        """What the heads found, values or (absorbed) latents -> [B, T, width]."""
+        if absorbed:
+            y_BTHE = torch.einsum("bthr,hvr->bthv", y_BTHE, self._up()[1])
+        return self.out_proj(y_BTHE.flatten(2))
 
     def empty_state(self, batch: int) -> KVCache:
         """A cache whose "keys" are the latents and whose "values" are the keys with position."""
@@ -118,5 +130,9 @@ class LatentAttention(nn.Module):
         """Forward FLOPs of one sequence in the materialised form, scores and sums over the visible pairs only."""
         layers = (self.q_down, self.q_up, self.kv_down, self.kv_up, self.out_proj)
         weights = sum(layer.weight.numel() for layer in layers if layer is not None)
-        pair = 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
-        return 2 * T * weights + pair * visibility.pairs(T)
+        return 2 * T * weights + self.pair_flops * visibility.pairs(T)
+
+    @property
+    def pair_flops(self) -> int:
+        """Forward FLOPs of the score and the sum of one (query, key) pair in all heads, in the materialised form."""
+        return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)

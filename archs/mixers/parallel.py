@@ -1,22 +1,11 @@
 """Mixers side by side in one block."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from archs.state import States
 from archs.visibility import Visibility
-
-
-@dataclass
-class ParallelState:
-    """The states of the mixers, in their order."""
-
-    states: list
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for state in self.states)
 
 
 class Parallel(nn.Module):
@@ -43,15 +32,15 @@ class Parallel(nn.Module):
         return frozenset.intersection(*(mixer.visibilities for mixer in self.mixers))
 
     def forward(
-        self, x_BTD: Tensor, visibility: Visibility, state: ParallelState | None = None
-    ) -> tuple[Tensor, ParallelState | None]:
+        self, x_BTD: Tensor, visibility: Visibility, state: States | None = None
+    ) -> tuple[Tensor, States | None]:
         """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
         before = [None] * len(self.mixers) if state is None else state.states
         outputs, after = zip(*(m(x_BTD, visibility, s) for m, s in zip(self.mixers, before, strict=True)), strict=True)
-        return sum(outputs) / len(outputs), None if state is None else ParallelState(list(after))
+        return sum(outputs) / len(outputs), None if state is None else States(list(after))
 
-    def empty_state(self, batch: int) -> ParallelState:
-        return ParallelState([mixer.empty_state(batch) for mixer in self.mixers])
+    def empty_state(self, batch: int) -> States:
+        return States([mixer.empty_state(batch) for mixer in self.mixers])
 
     def flops(self, T: int, visibility: Visibility) -> int:
         """Forward FLOPs of one sequence."""

@@ -20,6 +20,8 @@ from archs.mixers.latent_attention import LatentAttention
 from archs.mixers.linear_attention import LinearAttention
 from archs.mixers.mamba2 import Mamba2
 from archs.mixers.parallel import Parallel
+from archs.mixers.short_conv import ShortConv
+from archs.mixers.sparse_attention import SparseAttention
 from archs.positions import Alibi, Rotary
 from archs.visibility import BIDIRECTIONAL, CAUSAL
 
@@ -33,6 +35,7 @@ CHANNELS = {
 }
 ATTENTION = dict(head_dim=8, queries_per_kv=1, position=Rotary())
 DELTA = dict(head_dim=8, value_heads_per_key_head=1, conv_width=4)
+INDEX = dict(index_heads=6, index_dim=8, index_position=Rotary(share=0.5), top_k=24)
 MAMBA = dict(head_dim=8, state_size=16, groups=2)
 LINEAR = dict(head_dim=8, conv_width=4)
 MIXERS = {
@@ -46,6 +49,15 @@ MIXERS = {
     "learned": partial(Attention, **ATTENTION | {"position": None}, bias=True),
     "latent": partial(LatentAttention, head_dim=8, kv_rank=12, position=Rotary(layout="interleaved")),
     "latent queries": partial(LatentAttention, head_dim=8, kv_rank=12, q_rank=20, position=Rotary()),
+    "sparse": partial(
+        SparseAttention, attention=partial(Attention, **ATTENTION | {"queries_per_kv": 2}, gate=True), **INDEX
+    ),
+    "sparse latent": partial(
+        SparseAttention,
+        attention=partial(LatentAttention, head_dim=8, kv_rank=12, q_rank=20, position=Rotary(layout="interleaved")),
+        **INDEX,
+    ),
+    "short conv": partial(ShortConv, conv_width=4),
     "delta": partial(GatedDelta, **DELTA),
     "delta grouped": partial(GatedDelta, **DELTA | {"value_heads_per_key_head": 2}),
     "deltanet": partial(GatedDelta, **DELTA, decay=False),
@@ -70,7 +82,7 @@ BACKBONES = {
     "experts": dict(pattern=["grouped+moe"], first=["grouped+mlp"]),
     "hybrid of experts": dict(pattern=["mamba2", "mamba2+moe", "delta+moe", "window+moe"]),
 }
-RECURRENT = {"delta", "delta grouped", "deltanet", "retnet", "gated linear", "mamba2"}
+RECURRENT = {"short conv", "delta", "delta grouped", "deltanet", "retnet", "gated linear", "mamba2"}
 
 
 def plain(name, **changes):
@@ -129,14 +141,15 @@ def test_a_changed_token_changes_no_earlier_logit_when_causal_and_does_when_bidi
     # An expert's tokens are multiplied together, so another grouping may round differently.
     assert (causal[:t] < (1e-9 if "experts" in name else 1e-300)).all() and causal[t] > 0
     both = (model(x, BIDIRECTIONAL) - model(y, BIDIRECTIONAL)).abs().amax(-1)[0]
-    assert (both[max(0, t - 8) : t + 9] > 0).all()  # a window of nine reaches no further in one block
+    assert (both[max(0, t - 8) : t + 9] > 0).all()  # what a window of nine reaches in one block
 
 
 @every
 @pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL])
 def test_gradients_reach_every_parameter(name, visibility):
     model = build(name)
-    model(tokens(2, 20), visibility).logsumexp(-1).sum().backward()
+    loss = model(tokens(2, 40), visibility).logsumexp(-1).sum()
+    (loss + sum(model.auxiliary_losses().values())).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
@@ -145,25 +158,19 @@ def solve_triangular_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) ->
     return torch.Size(batch).numel() * n * n * b_shape[-1]
 
 
-def attention(model) -> list:
-    return [module for module in model.modules() if isinstance(module, Attention | LatentAttention)]
-
-
-def pair_flops(mixer) -> int:
-    if isinstance(mixer, LatentAttention):
-        return 2 * mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.value_dim)
-    return 4 * mixer.heads * mixer.head_dim
-
-
-def pairs_seen(mixer, T: int, visibility) -> int:
-    return visibility.pairs(T, getattr(mixer, "window", None))
-
-
-def pairs_run(mixer, T: int, visibility) -> int:
-    """All pairs, but for a causal window: blocks of queries against twice as many keys."""
+def unseen_flops(mixer, T: int, visibility) -> int:
+    """FLOPs of the pairs that run and are not seen: all others of a mask, the rest of the blocks of a causal window."""
+    if isinstance(mixer, Parallel):
+        return sum(unseen_flops(part, T, visibility) for part in mixer.mixers)
+    if isinstance(mixer, SparseAttention):
+        index = 2 * mixer.indexer.heads * mixer.indexer.dim * (T * T - visibility.pairs(T))
+        return mixer.attention.pair_flops * (T * T - mixer.pairs(T, visibility)) + index
+    if not isinstance(mixer, Attention | LatentAttention):
+        return 0
     w = getattr(mixer, "window", None)
     banded = visibility is CAUSAL and w is not None and w < T and mixer.sinks is None
-    return -(-T // w) * w * 2 * w if banded else T * T
+    run = -(-T // w) * w * 2 * w if banded else T * T
+    return mixer.pair_flops * (run - visibility.pairs(T, w))
 
 
 @every
@@ -177,7 +184,7 @@ def test_counted_flops_are_those_that_pytorch_counts(name, visibility, T):
     solve = {torch.ops.aten.linalg_solve_triangular: solve_triangular_flops}
     with FlopCounterMode(display=False, custom_mapping=solve) as counter:
         model(x, visibility)
-    unseen = sum(pair_flops(m) * (pairs_run(m, T, visibility) - pairs_seen(m, T, visibility)) for m in attention(model))
+    unseen = sum(unseen_flops(block.mixer, T, visibility) for block in model.blocks)
     assert model.flops(T, visibility) == counter.get_total_flops() - unseen
 
 
@@ -190,14 +197,14 @@ COUNTED = {
     "_scaled_dot_product_fused_attention_overrideable",
 }
 FREE = {  # data movement, and elementwise or reducing work of order one FLOP an element
-    "_embedding_bag", "_fused_rms_norm", "_safe_softmax", "_softmax", "_to_copy", "_unsafe_view", "abs", "add",
-    "add_", "addcmul", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clamp_", "clone",
-    "constant_pad_nd", "cos", "cumsum", "detach", "div", "embedding", "empty_like", "exp", "exp_", "expand", "flip",
-    "floor_divide", "gather", "ge", "gt", "index_put_", "index_select", "le", "log1p", "lt", "masked_fill", "mean",
-    "mul", "native_layer_norm", "neg", "new_zeros", "ones", "ones_like", "permute", "pow", "promote_types", "relu",
-    "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select", "sigmoid", "silu", "sin",
-    "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sum", "t", "topk", "transpose",
-    "tril", "unbind", "unfold", "unsqueeze", "view", "where", "zeros_like",
+    "_embedding_bag", "_fused_rms_norm", "_log_softmax", "_safe_softmax", "_softmax", "_to_copy", "_unsafe_view", "abs",
+    "add", "add_", "addcmul", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clamp_", "clone",
+    "constant_pad_nd", "cos", "cumsum", "detach", "div", "embedding", "empty_like", "eq", "exp", "exp_", "expand",
+    "flip", "floor_divide", "gather", "ge", "gt", "index_put_", "index_select", "isneginf", "le", "log1p", "lt",
+    "masked_fill", "mean", "mul", "native_layer_norm", "neg", "new_zeros", "ones", "ones_like", "permute", "pow",
+    "promote_types", "relu", "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select",
+    "sigmoid", "silu", "sin", "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sum", "t",
+    "topk", "transpose", "tril", "unbind", "unfold", "unsqueeze", "view", "where", "xlogy", "zeros_like",
 }  # fmt: skip
 
 
@@ -228,8 +235,8 @@ def test_state_bytes_and_parameters_are_those_of_the_real_tensors(name):
     _, states = real.prefill(x)
     held = 0
     for state in (part for state in states for part in getattr(state, "states", [state])):
-        if hasattr(state, "memory"):
-            held += 4 * (state.memory.numel() + state.conv.numel())
+        if hasattr(state, "conv"):
+            held += 4 * (state.conv.numel() + (0 if state.memory is None else state.memory.numel()))
         else:  # the next token sees itself and window - 1 others
             kept = 50 if state.window is None else state.window - 1
             held += 4 * kept * (state.k[0, 0].numel() + state.v[0, 0].numel())

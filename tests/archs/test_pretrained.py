@@ -60,6 +60,15 @@ CONFIGS = {
         rope_interleave=False,
         rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.7, truncate=True),
     ),
+    # So many heads leave hardly a score at zero: of equal scores ours takes the latest, theirs any.
+    "deepseek_v32": lambda: tf.DeepseekV32Config(**LATENT, index_topk=5, index_n_heads=16, index_head_dim=12),
+    "deepseek_v32, yarn": lambda: tf.DeepseekV32Config(
+        **LATENT, index_topk=5, index_n_heads=16, index_head_dim=12,
+        rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.7, truncate=True),
+    ),
+    "lfm2": lambda: tf.Lfm2Config(
+        **SIZES | dict(num_hidden_layers=3), full_attn_idxs=[1], block_auto_adjust_ff_dim=False, tie_embedding=False
+    ),
     "mamba2": lambda: tf.Mamba2Config(
         hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=12, n_groups=2, vocab_size=V,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, chunk_size=16,
@@ -154,7 +163,7 @@ def test_every_supported_type_is_proven_here():
 def test_other_types_and_empty_folders_are_refused(tmp_path):
     opt = tf.OPTForCausalLM(tf.OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16))
     with pytest.raises(
-        ValueError, match="model type 'opt' is not supported; these are: bamba, deepseek_v3, gemma3_text"
+        ValueError, match="model type 'opt' is not supported; these are: bamba, deepseek_v3, deepseek_v32, gemma3_text"
     ):
         from_transformers(opt)
     with pytest.raises(FileNotFoundError, match="no config.json"):
