@@ -15,8 +15,8 @@ from experiments.data.token_data import TokenData
 from experiments.harness.run import build_objective, open_data
 
 
-def load(folder: Path) -> tuple[LanguageModel, object, TokenData]:
-    """The model, objective and data of a finished run.
+def load(folder: Path, data: TokenData | None = None) -> tuple[LanguageModel, object, TokenData]:
+    """The model, objective and data of a finished run; the data is opened where it is not given.
 
     Raises:
         ValueError: when the folder holds no finished run.
@@ -24,7 +24,7 @@ def load(folder: Path) -> tuple[LanguageModel, object, TokenData]:
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"run={folder} holds no finished run: give the folder of one, such as runs/cells/<id>")
     config = OmegaConf.load(folder / "config.yaml")
-    data = open_data(config)
+    data = open_data(config) if data is None else data
     objective = build_objective(config, data)
     model: LanguageModel = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
     # A tied head is stored once, as the embedding.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +26,14 @@ class Samples:
 
     tokens_BT: Tensor
     evaluations: int
+
+
+def answer_nats(logits_NV: Tensor, tokens_BT: Tensor, answers_BT: Tensor) -> Tensor:
+    """-log p [B, T] of the N tokens where answers_BT is true, 0 elsewhere."""
+    nats_N = F.cross_entropy(logits_NV, tokens_BT[answers_BT], reduction="none")
+    return nats_N.new_zeros(tokens_BT.shape).masked_scatter(answers_BT, nats_N)
+
+
+def mean_nats(nats_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
+    """Mean over the answers; over all tokens where none are marked; 0 of a batch that has no answer."""
+    return nats_BT.mean() if answers_BT is None else nats_BT.sum() / answers_BT.sum().clamp_min(1)

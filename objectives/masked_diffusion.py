@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
-from objectives.likelihood import Likelihood, Samples
+from objectives.likelihood import Likelihood, Samples, answer_nats, mean_nats
 from objectives.next_token import draw
 
 
@@ -35,33 +35,46 @@ class MaskedDiffusion:
         self.model_vocab_size = vocab_size + 1
         self.evaluation_draws = evaluation_draws
 
+    def answer_logits(self, model: LanguageModel, tokens_BT: Tensor, answers_BT: Tensor) -> Tensor:
+        """Logits [N, vocab_size] of the N tokens where answers_BT is true, from all other tokens, these masked."""
+        hidden_BTD = model.hidden(tokens_BT.masked_fill(answers_BT, self.mask), BIDIRECTIONAL)
+        return model.logits(hidden_BTD[answers_BT])[:, : self.vocab_size]
+
     def masked_nats(self, model: LanguageModel, tokens_BT: Tensor, masked_BT: Tensor) -> Tensor:
         """-log p(x_i | unmasked tokens) at masked positions, 0 elsewhere, [B, T]."""
-        hidden_BTD = model.hidden(tokens_BT.masked_fill(masked_BT, self.mask), BIDIRECTIONAL)
-        logits_NV = model.logits(hidden_BTD[masked_BT])[:, : self.vocab_size]
-        nats_N = F.cross_entropy(logits_NV, tokens_BT[masked_BT], reduction="none")
-        return nats_N.new_zeros(tokens_BT.shape).masked_scatter(masked_BT, nats_N)
+        return answer_nats(self.answer_logits(model, tokens_BT, masked_BT), tokens_BT, masked_BT)
 
-    def loss(self, model: LanguageModel, tokens_BT: Tensor, generator: Generator) -> Tensor:
-        """One-draw estimate of the bound in mean nats a token. Times are spread evenly over the batch
-        (Kingma et al., arXiv 2107.00630, appendix I.1), each row's own time still uniform on (0, 1]."""
+    def loss(
+        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
+    ) -> Tensor:
+        """One-draw estimate of the bound in mean nats a token, or an answer where these are marked: only they are then
+        ever masked. Times are spread evenly over the batch (Kingma et al., arXiv 2107.00630, appendix I.1), each row's
+        own time still uniform on (0, 1]."""
         t_B1 = 1 - spread(len(tokens_BT), generator).to(tokens_BT.device)[:, None].float()
         masked_BT = uniform(tokens_BT.shape, generator).to(tokens_BT.device) < t_B1
-        return (self.masked_nats(model, tokens_BT, masked_BT) / t_B1).mean()
+        if answers_BT is not None:
+            masked_BT &= answers_BT
+        return mean_nats(self.masked_nats(model, tokens_BT, masked_BT) / t_B1, answers_BT)
 
     @torch.no_grad()
-    def bound(self, model: LanguageModel, tokens_BT: Tensor, generator: Generator) -> Likelihood:
+    def bound(
+        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
+    ) -> Likelihood:
         """The same bound over the whole time window, in the form of Nie et al. (LLaDA, arXiv 2502.09992): given t
-        the number of masked tokens is binomial, and integrating t out leaves k uniform on 1..T with weight T / k.
-        No time is ever cut off, and the variance is lower than with a sampled t."""
+        the number of masked tokens is binomial, and integrating t out leaves k uniform on 1..n with weight n / k, of
+        the n tokens of a row (or answers, where these are marked). No time is ever cut off, and the variance is lower
+        than with a sampled t."""
         B, T = tokens_BT.shape
+        asked_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if answers_BT is None else answers_BT
+        asked_BT = asked_BT.to(generator.device)
+        n_B = asked_BT.sum(1)
         draws = []
         for _ in range(self.evaluation_draws):
-            k_B1 = (spread(B, generator) * T).long()[:, None] + 1
-            rank_BT = uniform((B, T), generator).argsort(1).argsort(1)
-            masked_BT = (rank_BT < k_B1).to(tokens_BT.device)
+            k_B = (spread(B, generator) * n_B).long() + 1
+            rank_BT = uniform((B, T), generator).masked_fill(~asked_BT, 2.0).argsort(1).argsort(1)
+            masked_BT = (asked_BT & (rank_BT < k_B[:, None])).to(tokens_BT.device)
             nats_B = self.masked_nats(model, tokens_BT, masked_BT).double().sum(1)
-            draws.append(nats_B * T / k_B1[:, 0].to(nats_B.device))
+            draws.append(nats_B * n_B.to(nats_B.device) / k_B.to(nats_B.device))
         draws_SB = torch.stack(draws)
         variance = draws_SB.sum(1).var().item() / self.evaluation_draws
         return Likelihood(draws_SB.mean(0), variance=variance, exact=False)

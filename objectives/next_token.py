@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from archs.visibility import CAUSAL
-from objectives.likelihood import Likelihood, Samples
+from objectives.likelihood import Likelihood, Samples, answer_nats, mean_nats
 
 
 class NextToken:
@@ -24,19 +24,31 @@ class NextToken:
         self.vocab_size = self.model_vocab_size = vocab_size
         self.eot = eot
 
-    def _nats(self, model: LanguageModel, tokens_BT: Tensor) -> Tensor:
-        inputs_BT = F.pad(tokens_BT[:, :-1], (1, 0), value=self.eot)
-        logits_BTV = model.logits(model.hidden(inputs_BT, CAUSAL))
+    def answer_logits(self, model: LanguageModel, tokens_BT: Tensor, answers_BT: Tensor) -> Tensor:
+        """Logits [N, vocab_size] of the N tokens where answers_BT is true, each from the tokens before it."""
+        return model.logits(self._hidden(model, tokens_BT)[answers_BT])
+
+    def _hidden(self, model: LanguageModel, tokens_BT: Tensor) -> Tensor:
+        return model.hidden(F.pad(tokens_BT[:, :-1], (1, 0), value=self.eot), CAUSAL)
+
+    def _nats(self, model: LanguageModel, tokens_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
+        if answers_BT is not None:
+            return answer_nats(self.answer_logits(model, tokens_BT, answers_BT), tokens_BT, answers_BT)
+        logits_BTV = model.logits(self._hidden(model, tokens_BT))
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten(), reduction="none").view_as(tokens_BT)
 
-    def loss(self, model: LanguageModel, tokens_BT: Tensor, generator: Generator) -> Tensor:
-        """Mean nats a token, a scalar with gradients. The generator is not used."""
-        return self._nats(model, tokens_BT).mean()
+    def loss(
+        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
+    ) -> Tensor:
+        """Mean nats a token, or an answer where these are marked, a scalar with gradients. The generator is not used."""
+        return mean_nats(self._nats(model, tokens_BT, answers_BT), answers_BT)
 
     @torch.no_grad()
-    def bound(self, model: LanguageModel, tokens_BT: Tensor, generator: Generator) -> Likelihood:
-        """Exact -log p of each sequence. The generator is not used."""
-        return Likelihood(self._nats(model, tokens_BT).double().sum(1), variance=0.0, exact=True)
+    def bound(
+        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
+    ) -> Likelihood:
+        """Exact -log p of each sequence, or of its answers given what stands before each. The generator is not used."""
+        return Likelihood(self._nats(model, tokens_BT, answers_BT).double().sum(1), variance=0.0, exact=True)
 
     @torch.no_grad()
     def sample(

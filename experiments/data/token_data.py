@@ -56,6 +56,8 @@ class TokenData:
     """Tokens for training, and the tokens of a fixed string of held-out bytes.
 
     bits per byte = nats of `heldout` / ln 2 / `heldout_bytes`.
+
+    Where answers are marked, only they are trained on and scored, and all else is given.
     """
 
     train: np.ndarray  # memory-mapped, 1-D, uint16 or uint32 (vocab_size > 65536); eot after each document
@@ -66,6 +68,13 @@ class TokenData:
     digest: str  # sha256 hex of the tokens of both parts and the vocabulary
     name: str
     pieces: list[bytes] = field(repr=False)  # the bytes that each id stands for
+    train_answers: np.ndarray | None = None  # bool, as long as `train`; None: every token is scored
+    heldout_answers: np.ndarray | None = None
+
+    @property
+    def scored(self) -> float:
+        """Share of the training tokens that are trained on."""
+        return 1.0 if self.train_answers is None else float(self.train_answers.mean())
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of 1-D ids, to be looked at: bytes that are not UTF-8 become U+FFFD, eot a line "<eot>".

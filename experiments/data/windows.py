@@ -1,8 +1,17 @@
 """Which tokens a training step and an evaluation see: functions of the data and the seed alone."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """tokens_BT: int64 windows. answers_BT: bool, the tokens that are trained on and scored, or None for all."""
+
+    tokens_BT: Tensor
+    answers_BT: Tensor | None
 
 
 def check_enough(tokens_available: int, tokens_asked: int, allow_repeats: bool) -> None:

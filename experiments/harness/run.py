@@ -80,7 +80,8 @@ def measure(config: DictConfig, data: TokenData) -> tuple[Costs, int]:
             f"arch={config.arch.name} can only do {sorted(v.value for v in model.visibilities)}: choose another arch, "
             "or an objective with a visibility that it can do"
         )
-    return costs(model, config.data.sequence_length, objective.visibility, objective.predicted), model.depth
+    predicted = objective.predicted * data.scored
+    return costs(model, config.data.sequence_length, objective.visibility, predicted), model.depth
 
 
 def spend(config: DictConfig, data: TokenData, cost: Costs) -> Allocation:

@@ -33,7 +33,7 @@ class Telemetry(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
         self.step_started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer, module, outputs, tokens_BT, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         loss = outputs["loss"].item()  # waits for the device, so that the clock below is honest
         gradient_norm = float(module.gradient_norm)
         seconds = time.perf_counter() - self.step_started
@@ -42,14 +42,14 @@ class Telemetry(L.Callback):
             raise Diverged(f"loss {loss} and gradient norm {gradient_norm} at step {trainer.global_step}")
         self.train_loss = loss if math.isnan(self.train_loss) else 0.98 * self.train_loss + 0.02 * loss
         if trainer.global_step % max(1, self.allocation.steps // 100) == 0:
-            flops_per_second = tokens_BT.numel() / seconds * self.allocation.flops_per_token
+            flops_per_second = batch.tokens_BT.numel() / seconds * self.allocation.flops_per_token
             self.write(
                 "train",
                 trainer.global_step,
                 loss=loss,
                 gradient_norm=gradient_norm,
                 learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
-                tokens_per_second=tokens_BT.numel() / seconds,
+                tokens_per_second=batch.tokens_BT.numel() / seconds,
                 model_flops_utilisation=flops_per_second / self.peak_flops,
                 petaflops=self.tokens(trainer.global_step) * self.allocation.flops_per_token / 1e15,
                 **{name: loss.item() for name, loss in module.auxiliary_losses.items()},

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from archs.language_model import LanguageModel
+from experiments.data.windows import Batch
 from experiments.harness.optim import adamw, warmup_then_linear
 from experiments.harness.telemetry import Diverged
 
@@ -44,10 +45,10 @@ class TrainingModule(L.LightningModule):
         schedule = warmup_then_linear(optimizer, self.steps, o.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, tokens_BT: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # A generator made anew from (seed, step) needs no place in the checkpoint.
         generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
-        loss = self.objective.loss(self.model, tokens_BT, generator)
+        loss = self.objective.loss(self.model, batch.tokens_BT, generator, batch.answers_BT)
         self.auxiliary_losses = self.model.auxiliary_losses()
         return loss + sum(self.auxiliary_losses.values())
 
@@ -62,9 +63,9 @@ class TrainingModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.nats, self.variance = [], 0.0
 
-    def validation_step(self, tokens_BT: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator().manual_seed(EVALUATION_SEED + batch_idx)
-        likelihood = self.objective.bound(self.model, tokens_BT, generator)
+        likelihood = self.objective.bound(self.model, batch.tokens_BT, generator, batch.answers_BT)
         self.nats.append(likelihood.nats_B.cpu())
         self.variance += likelihood.variance
         self.exact = likelihood.exact
