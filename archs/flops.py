@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from archs.language_model import LanguageModel
-from archs.visibility import Visibility
+from archs.visibility import CAUSAL
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Costs:
     state_bytes: int
 
 
-def costs(model: LanguageModel, T: int, visibility: Visibility, predicted: float = 1.0) -> Costs:
-    """Costs of `model` on sequences of T tokens. A model on the meta device costs no memory and no time."""
+def costs(model: LanguageModel, T: int, forward: float) -> Costs:
+    """Costs of `model` on sequences of T tokens, each of which takes so many forward FLOPs in training. A model on the
+    meta device costs no memory and no time."""
     total = sum(p.numel() for p in model.parameters())
     ends = (*model.embedding.parameters(), *model.head.parameters())
     if model.positions is not None:
@@ -33,9 +34,11 @@ def costs(model: LanguageModel, T: int, visibility: Visibility, predicted: float
     ends = {id(p): p.numel() for p in ends}
     inactive = sum(block.channel.inactive_params for block in model.blocks if block.channel is not None)
     with torch.no_grad():
-        _, states = model.prefill(torch.zeros(1, T, dtype=torch.long, device=model.embedding.weight.device))
+        tokens_1T = torch.zeros(1, T, dtype=torch.long, device=model.embedding.weight.device)
+        states = [block.mixer.empty_state(1) for block in model.blocks]
+        model.hidden(tokens_1T, CAUSAL, states, time=tokens_1T if model.time is not None else None)
     return Costs(
-        flops_per_token=3 * model.flops(T, visibility, predicted) / T,
+        flops_per_token=3 * forward / T,
         params_total=total,
         params_active=total - inactive,
         params_non_embedding=total - sum(ends.values()),

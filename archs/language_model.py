@@ -1,5 +1,7 @@
 """LanguageModel: embedding -> blocks -> norm -> head. Every backbone is this class with another list of mixers."""
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from archs.block import Block
-from archs.visibility import CAUSAL, Visibility
+from archs.visibility import CAUSAL, BlockCausal, Visibility
+
+TIME_FEATURES = 16
 
 
 def depth_for(width: int) -> int:
@@ -18,6 +22,24 @@ def depth_for(width: int) -> int:
     descendants (768 x 12, 1024 x 16). Below width 384 the depth is 4 and the width alone sets the size.
     """
     return 4 * max(1, round(width / 256))
+
+
+class Ahead(nn.Module):
+    """One more step into the future (multi-token prediction, DeepSeek-V3, arXiv 2412.19437, section 2.2): a block on
+    what was made of the tokens up to t together with the token after them."""
+
+    def __init__(self, width: int, block: Block, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.hidden_norm, self.token_norm = norm(width), norm(width)
+        self.merge = nn.Linear(2 * width, width, bias=False)
+        self.block = block
+
+    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        x_BTD = self.merge(torch.cat([self.hidden_norm(hidden_BTD), self.token_norm(embedded_BTD)], dim=-1))
+        return self.block(x_BTD, CAUSAL)[0]
+
+    def flops(self, T: int) -> int:
+        return 2 * T * self.merge.weight.numel() + self.block.flops(T, CAUSAL)
 
 
 class LanguageModel(nn.Module):
@@ -35,6 +57,9 @@ class LanguageModel(nn.Module):
         norm: builds a norm from the width; norm_at: where a block has its norms (see `Block`).
         head_bias: whether the head has a bias.
         max_length: longest sequence, with a learned vector for each position (GPT-2); None for no such vectors.
+        timed: whether the model is told a time in [0, 1] of each token (denoisers): a linear map of cosines of it, zero
+            at first, is added to the token's embedding.
+        ahead: number of further tokens to predict (see `Ahead`), each by one more of the pattern's last block.
 
     Raises:
         ValueError: for an empty pattern, a name in it that has no mixer or channel, or a depth that cuts the pattern.
@@ -54,6 +79,8 @@ class LanguageModel(nn.Module):
         norm_at: str = "pre",
         head_bias: bool = False,
         max_length: int | None = None,
+        timed: bool = False,
+        ahead: int = 0,
     ):
         super().__init__()
         depth = depth_for(width) if depth is None else depth
@@ -72,11 +99,14 @@ class LanguageModel(nn.Module):
         self.width, self.depth, self.tied, self.max_length = width, depth, tied, max_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(max_length, width) if max_length is not None else None
+        self.time = nn.Linear(TIME_FEATURES, width, bias=False) if timed else None
+
+        def block(mixer: str, plus: str, channel: str) -> Block:
+            return Block(width, mixers[mixer](width), channels[channel](width) if plus else None, norm, norm_at)
+
         parts = parts[: len(first)] + parts[len(first) :] * (rest // len(pattern))
-        self.blocks = nn.ModuleList(
-            Block(width, mixers[mixer](width), channels[channel](width) if plus else None, norm, norm_at)
-            for mixer, plus, channel in parts
-        )
+        self.blocks = nn.ModuleList(block(*part) for part in parts)
+        self.ahead = nn.ModuleList(Ahead(width, block(*parts[-1]), norm) for _ in range(ahead))
         self.norm = norm(width)
         self.head = nn.Linear(width, vocab_size, bias=head_bias)
         if tied:
@@ -90,6 +120,8 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.1)
+        if self.time is not None:
+            nn.init.zeros_(self.time.weight)
         for name, module in self.linear_layers():
             std = module.in_features**-0.5
             nn.init.normal_(module.weight, std=std / (2 * self.depth) ** 0.5 if name.endswith("out_proj") else std)
@@ -102,27 +134,31 @@ class LanguageModel(nn.Module):
 
     def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of every linear layer inside the blocks, those of experts included."""
-        return ((name, m) for name, m in self.blocks.named_modules() if hasattr(m, "in_features"))
+        parts = itertools.chain(self.blocks.named_modules(), self.ahead.named_modules())
+        return ((name, m) for name, m in parts if hasattr(m, "in_features"))
+
+    def _parts(self) -> Iterator[nn.Module]:
+        return itertools.chain(self.blocks.modules(), self.ahead.modules())
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The losses of the modules' own in the last training forward (balance of experts, indexers), by name, each
         summed over the blocks and with its coefficient."""
         losses: dict[str, Tensor] = {}
-        for module in self.blocks.modules():
+        for module in self._parts():
             for name, loss in getattr(module, "auxiliary_losses", {}).items():
                 losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
     def after_step(self) -> None:
         """Let the modules that change a buffer after each optimiser step do so (balance without auxiliary loss)."""
-        for module in self.blocks.modules():
+        for module in self._parts():
             if hasattr(module, "after_step"):
                 module.after_step()
 
     def telemetry(self) -> dict[str, float]:
         """Figures of the last training forward that modules report, each the mean over the blocks that have it."""
         figures = defaultdict(list)
-        for module in self.blocks.modules():
+        for module in self._parts():
             for name, value in getattr(module, "telemetry", dict)().items():
                 figures[name].append(value)
         return {name: sum(values) / len(values) for name, values in figures.items()}
@@ -132,19 +168,35 @@ class LanguageModel(nn.Module):
         """The visibilities that every mixer of the model can do."""
         return frozenset.intersection(*(block.mixer.visibilities for block in self.blocks))
 
-    def hidden(self, tokens_BT: Tensor, visibility: Visibility, states: list | None = None) -> Tensor:
-        """Token ids [B, T] -> normalised hidden vectors [B, T, width]; `states` is advanced in place.
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        visibility: Visibility | BlockCausal,
+        states: list | None = None,
+        time: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] -> normalised hidden vectors [B, T, width]; `states` is advanced in place. `time`: [B, T] or
+        [B, 1], for a model that is timed and only for such.
 
         Raises:
-            ValueError: where positions are learned and the tokens go beyond the last of them.
+            ValueError: where positions are learned and the tokens go beyond the last of them, or a time is missing or
+                not wanted.
         """
+        if (time is None) != (self.time is None):
+            raise ValueError(
+                f"the model is {'not ' if self.time is None else ''}timed: build it with the objective's options"
+            )
         x_BTD = self.embedding(tokens_BT)
         if self.positions is not None:
             start = 0 if states is None else max(state.length for state in states if hasattr(state, "length"))
-            end = start + tokens_BT.shape[1]
+            end = start + tokens_BT.shape[1] // visibility.copies
             if end > self.max_length:
                 raise ValueError(f"{end} tokens are beyond the {self.max_length} positions learned: raise max_length")
-            x_BTD = x_BTD + self.positions.weight[start:end]
+            x_BTD = x_BTD + self.positions.weight[start:end].repeat(visibility.copies, 1)
+        if self.time is not None:
+            waves = math.pi * torch.arange(1, TIME_FEATURES + 1, device=x_BTD.device)
+            time_BT = time.float().expand(tokens_BT.shape)
+            x_BTD = x_BTD + self.time((time_BT[..., None] * waves).cos().to(x_BTD.dtype))
         for i, block in enumerate(self.blocks):
             x_BTD, state = block(x_BTD, visibility, None if states is None else states[i])
             if states is not None:
@@ -155,6 +207,14 @@ class LanguageModel(nn.Module):
         """Hidden vectors [..., width] -> logits [..., vocab_size]. A tied head reads embeddings of order one, so its
         logits are divided by the width (muP's output multiplier)."""
         return self.head(hidden / self.width if self.tied else hidden)
+
+    def look_ahead(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Iterator[Tensor]:
+        """Hidden vectors for the tokens still further on. hidden: of the inputs, causal, [B, T, width]; tokens [B, T]:
+        the token behind each input, which hidden predicts. The k-th item, [B, T - k, width], predicts tokens[:, k:]."""
+        x_BTD = hidden_BTD
+        for k, ahead in enumerate(self.ahead, 1):
+            x_BTD = ahead(x_BTD[:, :-1], self.embedding(tokens_BT[:, k - 1 : -1]))
+            yield self.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, visibility: Visibility = CAUSAL) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab_size]."""
@@ -170,10 +230,19 @@ class LanguageModel(nn.Module):
         logits_BTV, states = self.prefill(tokens_B[:, None], states)
         return logits_BTV[:, 0], states
 
-    def flops(self, T: int, visibility: Visibility, predicted: float = 1.0) -> float:
+    def flops(self, T: int, visibility: Visibility | BlockCausal, predicted: float = 1.0) -> float:
         """Forward FLOPs of one sequence of T tokens, the head run on a share `predicted` of them.
 
         Matrix products, convolutions and triangular solves are counted; lookups, norms and activations are not.
         """
-        head = 2 * T * self.head.weight.numel() * predicted
-        return sum(block.flops(T, visibility) for block in self.blocks) + head
+        time = 2 * T * self.time.weight.numel() if self.time is not None else 0
+        return sum(block.flops(T, visibility) for block in self.blocks) + time + T * predicted * self.head_flops
+
+    @property
+    def head_flops(self) -> int:
+        """Forward FLOPs of the head on one token."""
+        return 2 * self.head.weight.numel()
+
+    def ahead_flops(self, T: int) -> int:
+        """Forward FLOPs of one sequence in `look_ahead` and the head behind it."""
+        return sum(ahead.flops(T - k) + (T - k) * self.head_flops for k, ahead in enumerate(self.ahead, 1))

@@ -91,8 +91,12 @@ class Rotary:
         if not 0 < self.share <= 1:
             raise ValueError(f"rotary share {self.share} must lie above 0 and at most at 1")
 
-    def __call__(self, x_BTHD: Tensor, offset: int) -> Tensor:
-        """Turn x [B, T, H, D], whose first token has position `offset`; same dtype, angles in float32."""
+    def __call__(self, x_BTHD: Tensor, offset: int, copies: int = 1) -> Tensor:
+        """Turn x [B, T, H, D], whose first token has position `offset`; same dtype, angles in float32. T tokens may be
+        several copies of a sequence side by side, each of which starts there."""
+        if copies > 1:
+            x_BTHD = x_BTHD.unflatten(1, (copies, -1)).flatten(0, 1)
+            return self(x_BTHD, offset).unflatten(0, (-1, copies)).flatten(1, 2)
         T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
         turning = round(self.share * D)
         if turning % 2 or turning == 0:

@@ -40,6 +40,11 @@ class KVCache:
         self.held = end
         return self.k[:, :end], self.v[:, :end]
 
+    def rewind(self, tokens: int) -> None:
+        """Forget the last tokens, as if they had not been appended; not where a window has dropped older ones."""
+        self.length -= tokens
+        self.held -= tokens
+
     @property
     def nbytes(self) -> int:
         """Bytes in use; the spare room of the buffers is not counted."""

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from archs.flops import costs
-from archs.visibility import Visibility
+from archs.visibility import BIDIRECTIONAL, CAUSAL
 
 ARCHS = Path(__file__).parents[1] / "configs" / "arch"
 
@@ -27,12 +27,14 @@ def anatomy(config: DictConfig, length: int) -> dict:
     Raises:
         ValueError: for a visibility that the arch cannot do.
     """
-    visibility = Visibility(config.visibility)
+    visibility = {"causal": CAUSAL, "bidirectional": BIDIRECTIONAL}.get(config.visibility)
+    if visibility is None:
+        raise ValueError(f"visibility={config.visibility} must be causal or bidirectional")
     with torch.device("meta"):
         model = instantiate(config.arch.model, vocab_size=config.vocab_size)
     if visibility not in model.visibilities:
         raise ValueError(f"arch={config.arch.name} cannot do visibility={config.visibility}")
-    cost = costs(model, length, visibility)
+    cost = costs(model, length, model.flops(length, visibility))
     return {
         "arch": config.arch.name,
         "width": config.arch.width,

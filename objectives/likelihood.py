@@ -1,9 +1,12 @@
 """What an objective says about held-out sequences and about its samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from scipy.stats import t as student_t
+from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
@@ -13,27 +16,48 @@ class Likelihood:
     nats_B: [B] float64; where it is a bound, an unbiased Monte Carlo estimate of each sequence's bound.
     variance: Monte Carlo variance of the sum of nats_B given the sequences, estimated without bias; 0 where exact.
     exact: whether it is the likelihood itself and not a bound.
+    degrees: degrees of freedom of the variance, the number of draws less one; 0 where exact.
     """
 
     nats_B: Tensor
     variance: float
     exact: bool
+    degrees: int = 0
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the exact bound of these sequences, in nats of all of them, lies with this confidence (Student's t)."""
+        total = self.nats_B.sum().item()
+        reach = student_t.ppf((1 + confidence) / 2, self.degrees) * self.variance**0.5 if self.degrees else 0.0
+        return total - reach, total + reach
 
 
-@dataclass(frozen=True)
-class Samples:
-    """tokens_BT: [B, T] int64, prompt included. evaluations: passes of the network a sequence."""
+def bound_by(draw: Callable[[Generator], Tensor], draws: int, generator: Generator) -> Likelihood:
+    """The bound as the mean of independent draws, each [B] float64 nats, at least two; their spread is its error."""
+    nats_SB = torch.stack([draw(generator) for _ in range(draws)])
+    variance = nats_SB.sum(1).var().item() / draws
+    return Likelihood(nats_SB.mean(0), variance, exact=False, degrees=draws - 1)
 
-    tokens_BT: Tensor
-    evaluations: int
+
+def check_draws(evaluation_draws: int) -> None:
+    """
+    Raises:
+        ValueError: for fewer than two, which have no spread.
+    """
+    if evaluation_draws < 2:
+        raise ValueError(f"evaluation_draws={evaluation_draws}: a standard error needs at least 2")
 
 
-def answer_nats(logits_NV: Tensor, tokens_BT: Tensor, answers_BT: Tensor) -> Tensor:
-    """-log p [B, T] of the N tokens where answers_BT is true, 0 elsewhere."""
-    nats_N = F.cross_entropy(logits_NV, tokens_BT[answers_BT], reduction="none")
-    return nats_N.new_zeros(tokens_BT.shape).masked_scatter(answers_BT, nats_N)
+def nats_at(logits_NV: Tensor, tokens_BT: Tensor, where_BT: Tensor) -> Tensor:
+    """-log p [B, T] of the N tokens where where_BT is true, 0 elsewhere."""
+    nats_N = F.cross_entropy(logits_NV, tokens_BT[where_BT], reduction="none")
+    return nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
 
 
 def mean_nats(nats_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
     """Mean over the answers; over all tokens where none are marked; 0 of a batch that has no answer."""
     return nats_BT.mean() if answers_BT is None else nats_BT.sum() / answers_BT.sum().clamp_min(1)
+
+
+def everywhere(tokens_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
+    """The tokens that count: the answers where these are marked, else all."""
+    return torch.ones_like(tokens_BT, dtype=torch.bool) if answers_BT is None else answers_BT

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from archs.mixers.heads import heads_for
 from archs.positions import Alibi, Rotary
 from archs.state import KVCache
-from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
+from archs.visibility import BIDIRECTIONAL, CAUSAL, BlockCausal, Visibility
 
 
 class Attention(nn.Module):
@@ -33,8 +33,6 @@ class Attention(nn.Module):
     Raises:
         ValueError: when the width cannot be cut into such heads, or an option is not one of those above.
     """
-
-    visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
 
     def __init__(
         self,
@@ -73,23 +71,29 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.out_proj = nn.Linear(heads * head_dim, width, bias=bias)
 
+    @property
+    def visibilities(self) -> frozenset[Visibility]:
+        """Blocks of two copies have no window, whose cache could not take a block back."""
+        return frozenset(Visibility if self.window is None else {CAUSAL, BIDIRECTIONAL})
+
     def forward(
-        self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
+        self, x_BTD: Tensor, visibility: Visibility | BlockCausal, state: KVCache | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
-        q, k, v = self.project(x_BTD, state.length if state is not None else 0)
+        """Mix x [B, T, width]. With a state, x continues the tokens in it and sees them all; of its own tokens one sees
+        those before it, or under bidirectional visibility all."""
+        q, k, v = self.project(x_BTD, state.length if state is not None else 0, visibility.copies)
         if state is not None:
             k, v = state.append(k, v)
         return self.output(self.attend(q, k, v, visibility), x_BTD), state
 
-    def project(self, x_BTD: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, offset: int, copies: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, heads, D] and k, v [B, T, KV heads, D], normalised and turned; x starts at position `offset`."""
         heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None:
             qk = self._normalise(qk)
         if isinstance(self.position, Rotary):
-            qk = self.position(qk, offset)
+            qk = self.position(qk, offset, copies)
         q, k = qk.split([self.heads, self.kv_heads], dim=2)
         return q, k, v
 
@@ -101,7 +105,7 @@ class Attention(nn.Module):
         q, k = (F.rms_norm(x, w.shape, w.to(x.dtype), self.norm_eps) for x, w in ((q, self.q_norm), (k, self.k_norm)))
         return torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | BlockCausal) -> Tensor:
         """y [B, T, heads, D] of q [B, T, heads, D] over k, v [B, S, KV heads, D], of which the last T are q's own."""
         T, S = q.shape[1], k.shape[1]
         causal = visibility is CAUSAL
@@ -111,9 +115,10 @@ class Attention(nn.Module):
         if windowed and causal and T == S and self.sinks is None and not isinstance(self.position, Alibi):
             return self._banded(q, k, v).transpose(1, 2)
         mask = None
-        plain = self.sinks is None and not windowed and not isinstance(self.position, Alibi)
+        blocks = visibility.copies > 1
+        plain = self.sinks is None and not (windowed or blocks) and not isinstance(self.position, Alibi)
         if not plain or (causal and T not in (1, S)):
-            mask = self._mask(T, S, causal, q.dtype, q.device)
+            mask = self._mask(T, S, visibility, q.dtype, q.device)
         if self.sinks is not None:
             # A key of zeros with the sink as its bias and no value is the softmax with one more score.
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -130,10 +135,16 @@ class Attention(nn.Module):
         )
         return y_BHTD.transpose(1, 2)
 
-    def _mask(self, T: int, S: int, causal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _mask(
+        self, T: int, S: int, visibility: Visibility | BlockCausal, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """Visible pairs as booleans [T, S], or as additive biases where sinks or Alibi need them."""
-        distance_TS = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
-        visible_TS = distance_TS >= 0 if causal else torch.ones_like(distance_TS, dtype=torch.bool)
+        position_S = torch.arange(S, device=device) % (S // visibility.copies)
+        distance_TS = position_S[S - T :, None] - position_S
+        if visibility.copies > 1:
+            visible_TS = visibility.visible(T, device)
+        else:
+            visible_TS = distance_TS >= 0 if visibility is CAUSAL else torch.ones_like(distance_TS, dtype=torch.bool)
         if self.window is not None:
             visible_TS = visible_TS & (distance_TS.abs() < self.window)
         if isinstance(self.position, Alibi):
@@ -173,7 +184,7 @@ class Attention(nn.Module):
         k, v = weight.new_empty(2, batch, 0, self.kv_heads, self.head_dim)
         return KVCache(k, v, self.window)
 
-    def flops(self, T: int, visibility: Visibility) -> int:
+    def flops(self, T: int, visibility: Visibility | BlockCausal) -> int:
         """Forward FLOPs of one sequence: projections, and scores and sums over the visible pairs only. (What runs
         computes unseen pairs too: the upper triangle where no fused kernel skips it, the rest of a band's blocks.)"""
         weights = sum(layer.weight.numel() for layer in (self.qkv, self.gate, self.out_proj) if layer is not None)

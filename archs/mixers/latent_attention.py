@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from archs.mixers.heads import heads_for
 from archs.positions import Rotary
 from archs.state import KVCache
-from archs.visibility import BIDIRECTIONAL, CAUSAL, Visibility
+from archs.visibility import CAUSAL, BlockCausal, Visibility
 
 
 class LatentAttention(nn.Module):
@@ -34,7 +34,7 @@ class LatentAttention(nn.Module):
         ValueError: when the width cannot be cut into such heads.
     """
 
-    visibilities = frozenset({CAUSAL, BIDIRECTIONAL})
+    visibilities = frozenset(Visibility)
 
     def __init__(
         self,
@@ -68,11 +68,12 @@ class LatentAttention(nn.Module):
         self.out_proj = nn.Linear(heads * self.value_dim, width, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
+        self, x_BTD: Tensor, visibility: Visibility | BlockCausal, state: KVCache | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """Mix x [B, T, width]. With a state, x continues the tokens in it, which must be causal."""
+        """Mix x [B, T, width]. With a state, x continues the tokens in it and sees them all; of its own tokens one sees
+        those before it, or under bidirectional visibility all."""
         offset = state.length if state is not None else 0
-        q, latent, k_rope = self.project(x_BTD, self.query_input(x_BTD), offset)
+        q, latent, k_rope = self.project(x_BTD, self.query_input(x_BTD), offset, visibility.copies)
         if state is not None:
             latent, k_rope = state.append(latent, k_rope)
         absorbed = offset > 0
@@ -80,6 +81,8 @@ class LatentAttention(nn.Module):
         T, S = q.shape[2], k.shape[2]
         causal = visibility is CAUSAL and T > 1
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if causal and absorbed else None
+        if visibility.copies > 1:
+            mask = visibility.visible(T, q.device)
         y_BHTE = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.scale, enable_gqa=absorbed
         )
@@ -89,15 +92,17 @@ class LatentAttention(nn.Module):
         """What queries are made of: their normalised latent [B, T, q_rank], or x where they have none."""
         return x_BTD if self.q_down is None else self.q_norm(self.q_down(x_BTD))
 
-    def project(self, x_BTD: Tensor, query_input: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x_BTD: Tensor, query_input: Tensor, offset: int, copies: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, heads, nope_dim + rope_dim], and what is cached: the latent [B, T, 1, kv_rank] and the key with
         position [B, T, 1, rope_dim]; x starts at position `offset`."""
         q_nope, q_rope = (
             self.q_up(query_input).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         )
         latent, k_rope = self.kv_down(x_BTD)[:, :, None].split([self.kv_rank, self.rope_dim], dim=-1)
-        q = torch.cat([q_nope, self.position(q_rope, offset)], dim=-1)
-        return q, self.kv_norm(latent), self.position(k_rope, offset)
+        q = torch.cat([q_nope, self.position(q_rope, offset, copies)], dim=-1)
+        return q, self.kv_norm(latent), self.position(k_rope, offset, copies)
 
     def heads_of(self, q: Tensor, latent: Tensor, k_rope: Tensor, absorbed: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values to attend with: [B, T or S, heads, D] materialised; absorbed, the queries reach into
@@ -126,7 +131,7 @@ class LatentAttention(nn.Module):
         weight = self.kv_down.weight
         return KVCache(*(weight.new_empty(batch, 0, 1, n) for n in (self.kv_rank, self.rope_dim)))
 
-    def flops(self, T: int, visibility: Visibility) -> int:
+    def flops(self, T: int, visibility: Visibility | BlockCausal) -> int:
         """Forward FLOPs of one sequence in the materialised form, scores and sums over the visible pairs only."""
         layers = (self.q_down, self.q_up, self.kv_down, self.kv_up, self.out_proj)
         weights = sum(layer.weight.numel() for layer in layers if layer is not None)

@@ -99,12 +99,21 @@ class HiddenMarkovLanguage:
             )
         tokens_BT = tokens_BT.masked_fill(masked_BT, 0)
         self._check(tokens_BT)
-        evidence_BTS = self.emission_SV.T[tokens_BT].masked_fill(masked_BT[..., None], 1.0)
-        _, filtered_BTS = self._filter(evidence_BTS, self.initial_S)
-        state_BTS = filtered_BTS * self._backward(evidence_BTS)
-        symbol_BTV = state_BTS / state_BTS.sum(-1, keepdim=True) @ self.emission_SV
         known_BTV = torch.nn.functional.one_hot(tokens_BT, self.symbols).double()
+        symbol_BTV = self.leave_one_out(known_BTV.masked_fill(masked_BT[..., None], 1.0))
         return torch.where(masked_BT[..., None], symbol_BTV, known_BTV)
+
+    def leave_one_out(self, evidence_BTV: Tensor) -> Tensor:
+        """p(x_t = v | what is known of all other positions), [B, T, V] float64: the optimal denoiser of any noise that
+        falls on each token by itself.
+
+        Args:
+            evidence_BTV: float64, the probability of what was observed at t were x_t = v, up to a factor.
+        """
+        evidence_BTS = evidence_BTV @ self.emission_SV.T
+        predicted_BTS, _ = self._filter(evidence_BTS, self.initial_S)
+        state_BTS = predicted_BTS * self._backward(evidence_BTS)
+        return state_BTS / state_BTS.sum(-1, keepdim=True) @ self.emission_SV
 
     def entropy_per_token(self, length: int, samples: int, generator: Generator) -> tuple[float, float]:
         """H(x_1 .. x_T) / T for T = length, in nats, and its standard error: the lowest loss that a model of

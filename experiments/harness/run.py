@@ -65,23 +65,29 @@ def build_objective(config: DictConfig, data: TokenData):
     return instantiate(config.objective.build, vocab_size=data.vocab_size, eot=data.eot)
 
 
+def build_model(config: DictConfig, objective) -> LanguageModel:
+    """The backbone with what the objective needs of it: its vocabulary, and parts that it asks for."""
+    return instantiate(config.arch.model, vocab_size=objective.model_vocab_size, **objective.model_options)
+
+
 def measure(config: DictConfig, data: TokenData) -> tuple[Costs, int]:
     """Costs and depth of a run's model, which is built on the meta device.
 
     Raises:
-        ValueError: when backbone and objective do not go together.
+        ValueError: when backbone and objective, or objective and length, do not go together.
     """
     objective = build_objective(config, data)
     with torch.device("meta"):
-        model: LanguageModel = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
-    if objective.visibility not in model.visibilities:
+        model = build_model(config, objective)
+    kind = objective.visibility.kind
+    if kind not in model.visibilities:
         raise ValueError(
-            f"objective={config.objective.name} needs {objective.visibility.value} visibility, and a mixer of "
+            f"objective={config.objective.name} needs {kind.value} visibility, and a mixer of "
             f"arch={config.arch.name} can only do {sorted(v.value for v in model.visibilities)}: choose another arch, "
             "or an objective with a visibility that it can do"
         )
-    predicted = objective.predicted * data.scored
-    return costs(model, config.data.sequence_length, objective.visibility, predicted), model.depth
+    T = config.data.sequence_length
+    return costs(model, T, objective.flops(model, T, data.scored)), model.depth
 
 
 def spend(config: DictConfig, data: TokenData, cost: Costs) -> Allocation:
@@ -199,7 +205,7 @@ def _train(config: DictConfig, data: TokenData, planned: Plan, folder: Path, row
 
     L.seed_everything(config.seed, verbose=False)
     objective = build_objective(config, data)
-    model: LanguageModel = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
+    model = build_model(config, objective)
     if compiled:
         model.hidden = torch.compile(model.hidden)
     module = TrainingModule(model, objective, allocation.steps, config.optim, data.heldout_bytes, config.seed)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from experiments.harness import ledger
-from experiments.harness.run import build_objective, spend
+from experiments.harness.run import build_model, build_objective, spend
 from experiments.scaling.plan import Arm, Cell
 
 
@@ -97,7 +96,7 @@ def estimate_seconds(arms: dict[str, Arm], cells: list[Cell], rows: pd.DataFrame
         config = arm.configure(middle)
         allocation = spend(config, arm.data, arm.measure(middle.width)[0])
         objective = build_objective(config, arm.data)
-        model = instantiate(config.arch.model, vocab_size=objective.model_vocab_size)
+        model = build_model(config, objective)
         size = allocation.first_sequence(1)
         tokens_BT = torch.zeros(size, allocation.sequence_length, dtype=torch.long)
         times = []

@@ -202,7 +202,7 @@ FREE = {  # data movement, and elementwise or reducing work of order one FLOP an
     "constant_pad_nd", "cos", "cumsum", "detach", "div", "embedding", "empty_like", "eq", "exp", "exp_", "expand",
     "flip", "floor_divide", "gather", "ge", "gt", "index_put_", "index_select", "isneginf", "le", "log1p", "lt",
     "masked_fill", "mean", "mul", "native_layer_norm", "neg", "new_zeros", "ones", "ones_like", "permute", "pow",
-    "promote_types", "relu", "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select",
+    "promote_types", "relu", "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select",
     "sigmoid", "silu", "sin", "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sum", "t",
     "topk", "transpose", "tril", "unbind", "unfold", "unsqueeze", "view", "where", "xlogy", "zeros_like",
 }  # fmt: skip
@@ -231,7 +231,7 @@ def test_state_bytes_and_parameters_are_those_of_the_real_tensors(name):
     real, x = build(name, dtype=torch.float32), tokens(1, 50)
     with torch.device("meta"):
         meta = plain(name)
-    counted = costs(meta, 50, CAUSAL)
+    counted = costs(meta, 50, meta.flops(50, CAUSAL))
     _, states = real.prefill(x)
     held = 0
     for state in (part for state in states for part in getattr(state, "states", [state])):

@@ -171,6 +171,16 @@ def test_a_config_that_cannot_run_says_what_to_do(make_config, data, change, wor
     assert ledger.read(f"{make_config().root}/ledger.jsonl").empty
 
 
+def test_blocks_on_a_recurrent_backbone_and_blocks_that_do_not_divide_the_length_are_refused(make_config, data):
+    config = make_config("objective=block_diffusion", "arch=gated_delta_hybrid")
+    with pytest.raises(
+        ValueError, match="needs block-causal visibility.*gated_delta_hybrid can only do.*choose another"
+    ):
+        execute(config, data)
+    with pytest.raises(ValueError, match="block_size=7 does not divide sequence_length=32"):
+        execute(make_config("objective=block_diffusion", "objective.build.block_size=7"), data)
+
+
 def test_an_objective_that_a_mixer_cannot_serve_is_refused_in_a_sentence(make_config, data, monkeypatch):
     from archs.mixers.gated_delta import GatedDelta
     from archs.visibility import CAUSAL
@@ -203,3 +213,9 @@ def test_prompts_are_spelled_without_loss(data):
 def test_sampling_from_a_folder_without_a_run_says_so(tmp_path):
     with pytest.raises(ValueError, match="holds no finished run"):
         sample.load(tmp_path)
+
+
+def test_a_prompt_may_have_gaps(data):
+    ids = sample.encode_with_gaps("ab__p", "_", data)
+    assert ids == [*sample.encode("ab", data), -1, -1, *sample.encode("p", data)]
+    assert sample.encode_with_gaps("ab", None, data) == sample.encode("ab", data)
