@@ -9,7 +9,7 @@ import os
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -279,3 +279,20 @@ def character_boundary(text: bytes, limit: int) -> int:
         return len(text)
     starts = (i for i in range(limit, max(limit - 4, -1), -1) if text[i] & 0xC0 != 0x80)
     return next(starts, limit)
+
+
+def beginning(data: TokenData, train_tokens: int) -> TokenData:
+    """The same data with only its first training tokens.
+
+    Raises:
+        ValueError: when it has not so many.
+    """
+    if not 1 <= train_tokens <= len(data.train):
+        raise ValueError(f"train_tokens={train_tokens} must be from 1 to the {len(data.train)} that there are")
+    return replace(
+        data,
+        train=data.train[:train_tokens],
+        train_answers=None if data.train_answers is None else data.train_answers[:train_tokens],
+        digest=hashlib.sha256(f"{data.digest} {train_tokens}".encode()).hexdigest(),
+        name=f"{data.name}[:{train_tokens}]",
+    )
