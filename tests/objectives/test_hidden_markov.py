@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from hydra.utils import instantiate
-from torch.nn.functional import one_hot, pad
 
-from archs.visibility import CAUSAL, Visibility
 from experiments.data.hidden_markov import HiddenMarkovLanguage
+from experiments.data.optimal import OptimalModel
 from experiments.harness.run import execute
 from objectives.block_diffusion import BlockDiffusion
 from objectives.masked_diffusion import MaskedDiffusion
@@ -21,55 +20,6 @@ LANGUAGE = HiddenMarkovLanguage(states=6, symbols=8, concentration=0.2, seed=3)
 V, T = LANGUAGE.symbols, 24
 TOKENS = LANGUAGE.sample(256, T, torch.Generator().manual_seed(0))
 TRUTH = -LANGUAGE.log_likelihood(TOKENS)
-
-
-class Cache:
-    def __init__(self, batch):
-        self.tokens = torch.zeros(batch, 0, dtype=torch.long)
-
-    def rewind(self, tokens):
-        self.tokens = self.tokens[:, : self.tokens.shape[1] - tokens]
-
-
-class Optimal:
-    """The language itself in place of a LanguageModel; `columns` more than it has symbols."""
-
-    def __init__(self, columns=0, uniform_noise=False):
-        self.columns, self.uniform_noise = columns, uniform_noise
-        self.blocks, self.mixer, self.empty_state = [self], self, Cache
-
-    def hidden(self, tokens_BT, visibility, states=None, time=None):
-        if states is not None:
-            start = states[0].tokens.shape[1]
-            states[0].tokens = torch.cat([states[0].tokens, tokens_BT], 1)
-            return self.denoised(states[0].tokens)[:, start:]
-        if visibility is CAUSAL:  # inputs are shifted by the start; the last symbol is not needed to predict
-            return LANGUAGE.conditionals(pad(tokens_BT[:, 1:], (0, 1)))
-        if visibility.kind is Visibility.BLOCK_CAUSAL:
-            noised, clean = tokens_BT.chunk(2, dim=1)
-            out = []
-            for start in range(0, noised.shape[1], visibility.size):
-                end = start + visibility.size
-                out.append(self.denoised(torch.cat([clean[:, :start], noised[:, start:end]], 1))[:, start:])
-            return torch.cat([*out, torch.zeros(*clean.shape, V).double()], 1)
-        if self.uniform_noise:
-            p_B11 = time[:, :, None]
-            return LANGUAGE.leave_one_out((1 - p_B11) * one_hot(tokens_BT, V) + p_B11 / V).log()
-        return self.denoised(tokens_BT)
-
-    def denoised(self, tokens_BT):
-        return LANGUAGE.posterior(tokens_BT, tokens_BT == V).log()
-
-    def logits(self, hidden):
-        return pad(hidden, (0, self.columns))
-
-    def prefill(self, tokens_BT, states=None):
-        self.so_far = tokens_BT if states is None else torch.cat([self.so_far, tokens_BT], 1)
-        return LANGUAGE.conditionals(pad(self.so_far[:, 1:], (0, 1))), []
-
-    def step(self, tokens_B, states):
-        logits, _ = self.prefill(tokens_B[:, None], states)
-        return logits[:, -1], states
 
 
 OBJECTIVES = {
@@ -86,11 +36,11 @@ OBJECTIVES = {
 
 
 def optimal(objective):
-    return Optimal(objective.model_vocab_size - V, isinstance(objective, UniformDiffusion))
+    return OptimalModel(LANGUAGE, objective.model_vocab_size - V, isinstance(objective, UniformDiffusion))
 
 
 def test_the_optimal_predictor_gives_the_exact_likelihood():
-    got = NextToken(V, V).bound(Optimal(), TOKENS, torch.Generator())
+    got = NextToken(V, V).bound(OptimalModel(LANGUAGE), TOKENS, torch.Generator())
     torch.testing.assert_close(got.nats_B, TRUTH)
 
 
@@ -109,12 +59,12 @@ def test_the_optimal_denoiser_gives_a_bound_equal_to_the_likelihood_within_its_o
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_denoiser_that_is_not_optimal_lies_above_the_entropy(name):
-    class Blunt(Optimal):
+    class Blunt(OptimalModel):
         def hidden(self, *args, **kwargs):
             return 0.5 * super().hidden(*args, **kwargs)
 
     objective = OBJECTIVES[name]
-    model = Blunt(objective.model_vocab_size - V, isinstance(objective, UniformDiffusion))
+    model = Blunt(LANGUAGE, objective.model_vocab_size - V, isinstance(objective, UniformDiffusion))
     results = [objective.bound(model, TOKENS, torch.Generator().manual_seed(i)) for i in range(4)]
     error = math.sqrt(sum(r.variance for r in results)) / len(results)
     assert torch.stack([r.nats_B.sum() for r in results]).mean() > TRUTH.sum() + 3 * error
