@@ -1,12 +1,18 @@
 """What tests of several folders share: composed configs and a corpus that fits in a test."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from experiments.data.token_data import TokenData
+
+# Read when Triton is first imported, by whomever: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -1,9 +1,12 @@
 """The gated delta rule (Yang et al., Gated Delta Networks, arXiv 2412.06464, equation 10)."""
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, cat, float32, promote_types
 
+from kernels.backend import choose
 from kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from kernels.gated_delta_rule.torch import gated_delta_rule_chunked
+from kernels.sequences import check_packed
 
 BACKENDS = {"reference": gated_delta_rule_reference, "torch": gated_delta_rule_chunked}
 
@@ -12,35 +15,50 @@ def gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     beta: Tensor,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_qk_l2norm: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - e^{g_t} S_{t-1}^T k_t))^T;  o_t = scale * S_t^T q_t.
 
+    Without g it is the delta rule of DeltaNet. Linear attention with a scalar decay has no term that erases, which no
+    switch here leaves out: it is `kernels.ssd`.
+
     Args:
-        q, k: [B, T, H, K]; the caller normalises them where the architecture asks for it.
+        q, k: [B, T, H, K]; the caller normalises them where the architecture asks for it, or sets use_qk_l2norm.
         v: [B, T, HV, V] with HV a multiple of H; value head i reads key head i // (HV / H).
-        g: [B, T, HV], log of the decay, at most 0.
+        g: [B, T, HV], log of the decay, at most 0; None for none.
         beta: [B, T, HV], the writing strength, 0 to 1.
         scale: factor on the output; K ** -0.5 where None.
-        initial_state: [B, HV, K, V], zeros where None.
+        initial_state: [N, HV, K, V], zeros where None; N = B, or the number of sequences of cu_seqlens.
         output_final_state: whether to return the state after the last token.
-        backend: "auto" (the fastest that runs here), "torch" (chunked) or "reference" (token by token).
+        cu_seqlens: [N + 1] int32 or int64: the batch of one holds N sequences one after the other, the n-th from
+            cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
+        A_log, dt_bias: [HV]; with them g is the input of the gate, -exp(A_log) softplus(g + dt_bias).
+        use_qk_l2norm: whether q and k are divided by their norms, x / sqrt(sum(x^2) + 1e-6).
+        backend: "auto" (the fastest that runs here), "torch" (chunked), "reference" (token by token) or "triton".
 
     Returns:
-        o [B, T, HV, V] in v's dtype, and the final state [B, HV, K, V] in float32 (float64 for float64
+        o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in float32 (float64 for float64
         inputs) or None.
 
     Raises:
-        ValueError: for shapes that do not fit together or an unknown backend.
+        ValueError: for shapes that do not fit together, or a backend that there is not or that cannot run here.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
+    if g is None:
+        if A_log is not None or dt_bias is not None:
+            raise ValueError("A_log and dt_bias make a gate of g, which is None: give g, or leave them out")
+        g = beta.new_zeros(beta.shape)
     if k.shape != q.shape or v.shape[:2] != (B, T) or g.shape != (B, T, HV) or beta.shape != g.shape:
         raise ValueError(
             "gated_delta_rule takes q, k [B, T, H, K], v [B, T, HV, V] and g, beta [B, T, HV]; got "
@@ -48,11 +66,43 @@ def gated_delta_rule(
         )
     if HV % H:
         raise ValueError(f"{HV} value heads are not a multiple of {H} key heads")
-    if initial_state is not None and initial_state.shape != (B, HV, K, V):
-        raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(B, HV, K, V)}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} for gated_delta_rule: choose from auto, {', '.join(BACKENDS)}")
-    run = BACKENDS["torch" if backend == "auto" else backend]
+    if (A_log is None) != (dt_bias is None) or (A_log is not None and not A_log.shape == dt_bias.shape == (HV,)):
+        raise ValueError(f"A_log and dt_bias go together, each [{HV}]")
+    if cu_seqlens is not None:
+        check_packed(B, T, cu_seqlens)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is not None and initial_state.shape != (N, HV, K, V):
+        raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(N, HV, K, V)}")
+    backend = choose("gated_delta_rule", backend, [*BACKENDS, "triton"], "torch", q)
+
+    if A_log is not None:
+        dtype = promote_types(g.dtype, float32)
+        g = -A_log.to(dtype).exp() * F.softplus(g.to(dtype) + dt_bias.to(dtype))
+    if use_qk_l2norm:
+        dtype = promote_types(q.dtype, float32)
+        q, k = (x.to(dtype) * (x.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     scale = K**-0.5 if scale is None else scale
-    o, final_state = run(q, k, v, g, beta, scale, initial_state)
+    if backend == "triton":
+        from kernels.gated_delta_rule.operator import gated_delta_rule_triton
+
+        o, final_state = gated_delta_rule_triton(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    elif cu_seqlens is None:
+        o, final_state = BACKENDS[backend](q, k, v, g, beta, scale, initial_state)
+    else:
+        o, final_state = _one_by_one(BACKENDS[backend], (q, k, v, g, beta), scale, initial_state, cu_seqlens)
     return o, final_state if output_final_state else None
+
+
+def _one_by_one(run, inputs: tuple[Tensor, ...], scale: float, initial_state: Tensor | None, cu_seqlens: Tensor):
+    """Packed sequences, each by itself."""
+    q, v = inputs[0], inputs[2]
+    dtype = promote_types(q.dtype, float32)
+    outputs, finals = [v[:, :0]], []
+    for n, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        state = q.new_zeros(1, *v.shape[2:3], q.shape[3], v.shape[3], dtype=dtype)
+        state = state if initial_state is None else initial_state[n : n + 1].to(dtype)
+        if end > start:
+            o, state = run(*(x[:, start:end] for x in inputs), scale, state)
+            outputs.append(o)
+        finals.append(state)
+    return cat(outputs, 1), cat(finals)
