@@ -44,7 +44,8 @@ def gated_delta_rule(
             cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
         A_log, dt_bias: [HV]; with them g is the input of the gate, -exp(A_log) softplus(g + dt_bias).
         use_qk_l2norm: whether q and k are divided by their norms, x / sqrt(sum(x^2) + 1e-6).
-        backend: "auto" (the fastest that runs here), "torch" (chunked), "reference" (token by token) or "triton".
+        backend: "auto" (see `choose`), "torch" (chunked), "reference" (token by token) or "triton" (float32,
+            bfloat16 and float16, heads of up to 256 dimensions).
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in float32 (float64 for float64

@@ -6,19 +6,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.gated_delta_rule import triton as kernels
 from kernels.gated_delta_rule.torch import gated_delta_rule_flops
-from kernels.gated_delta_rule.triton import CHUNK, PART
+from kernels.gated_delta_rule.triton import PART
 from kernels.sequences import chunks_of
 
-# Columns of V that a program holds, and its warps, by the least compute capability that they are for and the size of
-# K. To add a GPU, add its rows: the tests compile every row for every architecture and check its shared memory.
+# Columns of V that a program holds, its warps and its pipeline stages, by the least compute capability that they are for
+# and the largest K. To add a GPU, add its rows: the tests compile every row for every architecture and check that its
+# shared memory suffices.
 BLOCKS = {
-    (8, 0): {64: (32, 4), 128: (32, 4), 256: (16, 8)},
-    (9, 0): {64: (64, 4), 128: (32, 4), 256: (16, 8)},
+    (8, 0): {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 8, 1)},
+    (9, 0): {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 8, 1)},
 }
 
 
-def blocks_for(K: int, V: int, capability: tuple[int, int]) -> tuple[int, int, int]:
-    """(BK, BV, warps) for heads of K and V dimensions.
+def blocks_for(K: int, V: int, capability: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(BK, BV, warps, stages) for heads of K and V dimensions.
 
     Raises:
         ValueError: for K or V above 256.
@@ -26,8 +27,13 @@ def blocks_for(K: int, V: int, capability: tuple[int, int]) -> tuple[int, int, i
     if max(K, V) > 256:
         raise ValueError(f"heads of {K} and {V} dimensions: the Triton kernels take up to 256; choose backend='torch'")
     table = BLOCKS[max(c for c in BLOCKS if c <= max(capability, min(BLOCKS)))]
-    BV, warps = table[min(size for size in table if size >= K)]
-    return max(16, _power_of_two(K)), min(BV, max(16, _power_of_two(V))), warps
+    BV, warps, stages = table[min(size for size in table if size >= K)]
+    return max(16, _power_of_two(K)), min(BV, max(16, _power_of_two(V))), warps, stages
+
+
+def chunk_for(K: int, V: int) -> int:
+    """Tokens in a chunk: heads above 128 dimensions leave shared memory for half as many."""
+    return 64 if max(K, V) <= 128 else 32
 
 
 def _power_of_two(n: int) -> int:
@@ -39,23 +45,24 @@ class Launch:
 
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor):
         (self.tokens, self.H, self.K), (self.HV, self.V) = q.shape, v.shape[1:]
-        self.begins, self.ends, self.firsts = chunks_of(cu_seqlens, self.tokens, CHUNK)
+        self.C = chunk_for(self.K, self.V)
+        self.begins, self.ends, self.firsts = chunks_of(cu_seqlens, self.tokens, self.C)
         self.chunks, self.sequences = len(self.begins), len(cu_seqlens) - 1
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-        self.BK, self.BV, self.warps = blocks_for(self.K, self.V, capability)
-        self.precision = "ieee" if v.dtype == torch.float32 else "tf32"
+        self.BK, self.BV, self.warps, self.stages = blocks_for(self.K, self.V, capability)
+        self.precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
 
     def per_chunk(self, kernel, *arguments, V: bool = True) -> None:
         sizes = {"V": self.V, "BV": self.BV} if V else {}
         kernel[(self.chunks, self.HV)](
-            *arguments, self.HV, self.H, K=self.K, BK=self.BK, C=CHUNK, PRECISION=self.precision, **sizes,
-            num_warps=self.warps, num_stages=2,
+            *arguments, self.HV, self.H, K=self.K, BK=self.BK, C=self.C, PRECISION=self.precision, **sizes,
+            num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
 
     def per_sequence(self, kernel, *arguments) -> None:
         kernel[(-(-self.V // self.BV), self.HV, self.sequences)](
-            *arguments, self.HV, self.H, K=self.K, V=self.V, BK=self.BK, BV=self.BV, C=CHUNK,
-            PRECISION=self.precision, num_warps=self.warps, num_stages=2,
+            *arguments, self.HV, self.H, K=self.K, V=self.V, BK=self.BK, BV=self.BV, C=self.C,
+            PRECISION=self.precision, num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
 
     def states(self, like: Tensor, n: int) -> Tensor:
@@ -64,12 +71,12 @@ class Launch:
 
 def _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale):
     run = Launch(q, v, cu_seqlens)
-    A = torch.empty(run.chunks, run.HV, CHUNK, CHUNK, dtype=torch.float32, device=q.device)
+    A = torch.empty(run.chunks, run.HV, run.C, run.C, dtype=torch.float32, device=q.device)
     w = torch.empty(run.tokens, run.HV, run.K, dtype=torch.float32, device=q.device)
     new = torch.empty(run.tokens, run.HV, run.V, dtype=torch.float32, device=q.device)
     states, final, o = run.states(q, run.chunks), run.states(q, run.sequences), torch.empty_like(v)
     run.per_chunk(kernels.scores_kernel, k, g, beta, A, run.begins, run.ends, V=False)
-    kernels.invert_kernel[(run.chunks, run.HV)](A, run.HV, P=PART, C=CHUNK, num_warps=1)
+    kernels.invert_kernel[(run.chunks, run.HV)](A, run.HV, P=PART, C=run.C, num_warps=1)
     run.per_chunk(kernels.writes_kernel, k, v, g, beta, A, new, w, run.begins, run.ends)
     run.per_sequence(
         kernels.states_kernel, k, g, new, w, states, initial_state, final, run.begins, run.ends, run.firsts
@@ -90,8 +97,9 @@ def forward(
 @forward.register_fake
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale):
     (tokens, _, K), (HV, V) = q.shape, v.shape[1:]
-    chunks = tokens // CHUNK + len(cu_seqlens) - 1
-    shapes = ((chunks, HV, CHUNK, CHUNK), (tokens, HV, K), (tokens, HV, V), (chunks, HV, K, V))
+    C = chunk_for(K, V)
+    chunks = tokens // C + len(cu_seqlens) - 1
+    shapes = ((chunks, HV, C, C), (tokens, HV, K), (tokens, HV, V), (chunks, HV, K, V))
     saved = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return torch.empty_like(v), torch.empty_like(initial_state, dtype=torch.float32), *saved
 

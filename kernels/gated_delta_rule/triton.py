@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks of 64 tokens, forward and backward, in Triton.
+"""The gated delta rule in chunks of C tokens, forward and backward, in Triton.
 
 Sequences lie packed one after the other; a chunk belongs to one of them. With G the sum of g within a chunk, S the state
 before it, R = e^{G_last - G}, D_ij = e^{G_i - G_j} for i >= j and T = (I + A)^-1 as in torch.py,
@@ -7,14 +7,14 @@ before it, R = e^{G_last - G}, D_ij = e^{G_i - G_j} for i >= j and T = (I + A)^-
     o = scale (e^G q S + (q k^T * D) v')    S_next = e^{G_last} S + (R k)^T v'
 
 Only the two `states` kernels go through the chunks of a sequence one by one; in all others every chunk is a program of its
-own. Half-precision inputs are multiplied as TF32, float32 ones exactly; sums of g are float64, since float32 loses the
-small differences of strong gates. Nothing is added atomically, so two runs are equal bit for bit.
+own. Products are of TF32 numbers, of float32 inputs in three parts that together keep float32's precision; sums of g are
+float64, since float32 loses the small differences of strong gates. Nothing is added atomically, so two runs are equal bit
+for bit.
 """
 
 import triton
 import triton.language as tl
 
-CHUNK = 64
 PART = 16  # rows of the blocks on the diagonal that are inverted row by row
 
 
