@@ -7,11 +7,13 @@ from torch import Tensor
 
 
 class Chunks(NamedTuple):
-    """begins, ends: [chunks] int32, the tokens of each chunk: from its begin to at most the end of its sequence. firsts:
-    [sequences + 1] int32, the first chunk of each sequence. There may be more chunks than needed: those are empty."""
+    """begins, ends: [chunks] int32, the tokens of each chunk: from its begin to at most the end of its sequence.
+    sequences: [chunks] int32, the sequence of each. firsts: [sequences + 1] int32, the first chunk of each sequence. There
+    may be more chunks than needed: those are empty."""
 
     begins: Tensor
     ends: Tensor
+    sequences: Tensor
     firsts: Tensor
 
 
@@ -40,4 +42,4 @@ def chunks_of(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
     sequence = sequence.clamp(max=len(lengths) - 1)
     begins = torch.where(real, cu_seqlens[sequence] + (chunk - firsts[sequence]) * size, 0)
     ends = torch.where(real, cu_seqlens[sequence + 1], 0)
-    return Chunks(begins.int(), ends.int(), firsts.int())
+    return Chunks(begins.int(), ends.int(), sequence.int(), firsts.int())

@@ -1,10 +1,12 @@
 """The short causal depthwise convolution in front of recurrent mixers."""
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, cat
 
+from kernels.backend import choose
 from kernels.causal_conv1d.reference import causal_conv1d_reference
 from kernels.causal_conv1d.torch import causal_conv1d_torch
+from kernels.sequences import check_packed
 
 BACKENDS = {"reference": causal_conv1d_reference, "torch": causal_conv1d_torch}
 
@@ -16,6 +18,7 @@ def causal_conv1d(
     *,
     initial_state: Tensor | None = None,
     activation: str | None = "silu",
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """y_t = silu(bias + sum_w weight[:, w] * x_{t - W + 1 + w}), each channel by itself.
@@ -24,29 +27,47 @@ def causal_conv1d(
         x: [B, T, C].
         weight: [C, W], the last column weighs the current token.
         bias: [C], zeros where None.
-        initial_state: [B, W - 1, C], the tokens before x; zeros where None.
+        initial_state: [N, W - 1, C], the tokens before x; zeros where None. N = B, or the number of sequences of
+            cu_seqlens.
         activation: "silu", or None for the plain sum.
-        backend: "auto", "torch" or "reference".
+        cu_seqlens: [N + 1] int32 or int64: the batch of one holds N sequences one after the other, the n-th from
+            cu_seqlens[n] to cu_seqlens[n + 1]; one may be empty.
+        backend: "auto" (see `choose`), "torch", "reference" or "triton" (float32, bfloat16 and float16).
 
     Returns:
-        y [B, T, C] and the last W - 1 inputs [B, W - 1, C], the state for the next call.
+        y [B, T, C] and the last W - 1 inputs [N, W - 1, C], the state for the next call.
 
     Raises:
-        ValueError: for shapes that do not fit together, an unknown activation or an unknown backend.
+        ValueError: for shapes that do not fit together, an unknown activation, or a backend that there is not or
+            that cannot run here.
     """
-    B, _, C = x.shape
+    B, T, C = x.shape
     window = weight.shape[1] - 1
+    if cu_seqlens is not None:
+        check_packed(B, T, cu_seqlens)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if weight.shape[0] != C:
         raise ValueError(f"weight {tuple(weight.shape)} is not for the {C} channels of x {tuple(x.shape)}")
     if bias is not None and bias.shape != (C,):
         raise ValueError(f"bias {tuple(bias.shape)} is not for the {C} channels of x {tuple(x.shape)}")
-    if initial_state is not None and initial_state.shape != (B, window, C):
-        raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(B, window, C)}")
+    if initial_state is not None and initial_state.shape != (N, window, C):
+        raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(N, window, C)}")
     if activation not in ("silu", None):
         raise ValueError(f"unknown activation {activation!r} for causal_conv1d: choose 'silu' or None")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} for causal_conv1d: choose from auto, {', '.join(BACKENDS)}")
+    backend = choose("causal_conv1d", backend, [*BACKENDS, "triton"], "torch", x)
     if initial_state is None:
-        initial_state = x.new_zeros(B, window, C)
-    y, state = BACKENDS["torch" if backend == "auto" else backend](x, weight, bias, initial_state)
+        initial_state = x.new_zeros(N, window, C)
+    if backend == "triton":
+        from kernels.causal_conv1d.operator import causal_conv1d_triton
+
+        return causal_conv1d_triton(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+    run = BACKENDS[backend]
+    if cu_seqlens is None:
+        y, state = run(x, weight, bias, initial_state)
+    else:
+        bounds = cu_seqlens.tolist()
+        parts = zip(bounds[:-1], bounds[1:], initial_state.split(1), strict=True)
+        parts = [run(x[:, a:b], weight, bias, before) if b > a else (x[:, a:b], before) for a, b, before in parts]
+        outputs, states = zip(*parts, strict=True)
+        y, state = cat(outputs, 1), cat(states)
     return F.silu(y) if activation else y, state

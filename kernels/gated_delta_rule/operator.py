@@ -46,7 +46,7 @@ class Launch:
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor):
         (self.tokens, self.H, self.K), (self.HV, self.V) = q.shape, v.shape[1:]
         self.C = chunk_for(self.K, self.V)
-        self.begins, self.ends, self.firsts = chunks_of(cu_seqlens, self.tokens, self.C)
+        self.begins, self.ends, _, self.firsts = chunks_of(cu_seqlens, self.tokens, self.C)
         self.chunks, self.sequences = len(self.begins), len(cu_seqlens) - 1
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
         self.BK, self.BV, self.warps, self.stages = blocks_for(self.K, self.V, capability)

@@ -66,7 +66,7 @@ def test_pieces_equal_the_whole():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backend": "triton"}, "unknown backend"),
+        ({"backend": "cuda"}, "unknown backend"),
         ({"initial_state": torch.zeros(2, 4, 6)}, "initial_state"),
         ({"bias": torch.zeros(4)}, r"bias \(4,\)"),
         ({"activation": "gelu"}, "unknown activation 'gelu'.*'silu' or None"),
