@@ -50,6 +50,6 @@ def test_every_sampler_has_a_row_for_the_trained_model_and_for_the_language_itse
     assert set(trained.curve) == set(config.quality.curves)
     assert (trained.flops > 0).all() and (trained.evaluations >= 1).all() and (table.nats > 0).all()
     assert len(sample_quality.figure(table).axes) == 9
-    assert len(sample_quality.where_it_pays(table)) == 7
+    assert len(sample_quality.where_it_pays(table)) == 2 * 7
     ancestral = table[(table.curve == "ancestral") & (table.model == "optimal")]
     assert ancestral.evaluations.tolist()[0] == 1

@@ -12,12 +12,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.gated_delta_rule import operator
-from kernels.gated_delta_rule import triton as gated_delta_rule
+from kernels.causal_conv1d import operator as conv
+from kernels.causal_conv1d import triton as conv_kernels
+from kernels.gated_delta_rule import operator as delta
+from kernels.gated_delta_rule import triton as delta_kernels
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-DATA = {"q", "k", "v", "o", "do", "dv"}
-KINDS = {"begins": "*i32", "ends": "*i32", "firsts": "*i32", "dG": "*fp64", "HV": "i32", "H": "i32", "scale": "fp32"}
+# Arguments in the dtype of the data; all else is float32 or as below.
+DELTA_DATA = {"q", "k", "v", "o", "do", "dv"}
+CONV_DATA = {"x", "y", "dy", "dx", "state", "weight", "bias", "final", "dfinal", "dstate"}
+KINDS = {"begins": "*i32", "ends": "*i32", "firsts": "*i32", "sequences": "*i32", "cu": "*i64", "dG": "*fp64"}
+KINDS |= {"HV": "i32", "H": "i32", "C": "i32", "scale": "fp32"}
 
 
 def usage(cubin: bytes) -> dict:
@@ -33,13 +38,13 @@ def usage(cubin: bytes) -> dict:
     return {"registers": found.get("REG"), "stack_bytes": found.get("STACK"), "spilled_bytes": found.get("LOCAL")}
 
 
-def compile_one(kernel, constants: dict, dtype: str, arch: int, warps: int, stages: int) -> dict:
+def compile_one(kernel, data: set, constants: dict, dtype: str, arch: int, warps: int, stages: int) -> dict:
     signature, constexprs = {}, {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name], constexprs[name] = "constexpr", constants[name]
         else:
-            signature[name] = KINDS.get(name, TYPES[dtype] if name in DATA else "*fp32")
+            signature[name] = KINDS.get(name, TYPES[dtype] if name in data else "*fp32")
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
     }
@@ -51,31 +56,38 @@ def compile_one(kernel, constants: dict, dtype: str, arch: int, warps: int, stag
 
 def gated_delta_rule_kernels(size: int, dtype: str, arch: int):
     """Kernel, constants, warps and stages of a call with heads of this size, as the operator would launch it."""
-    BK, BV, warps, stages = operator.blocks_for(size, size, (arch // 10, arch % 10))
-    common = {
-        "K": size,
-        "BK": BK,
-        "C": operator.chunk_for(size, size),
-        "PRECISION": "tf32x3" if dtype == "float32" else "tf32",
-    }
+    BK, BV, warps, stages = delta.blocks_for(size, size, (arch // 10, arch % 10))
+    C = delta.chunk_for(size, size)
+    common = {"K": size, "BK": BK, "C": C, "PRECISION": "tf32x3" if dtype == "float32" else "tf32"}
     values = {"V": size, "BV": BV}
-    for name, kernel in vars(gated_delta_rule).items():
+    for name, kernel in vars(delta_kernels).items():
         if name == "invert_kernel":
-            yield kernel, {"P": operator.PART, "C": operator.chunk_for(size, size)}, 1, 3
+            yield kernel, {"P": delta.PART, "C": C}, 1, 3
         elif name.endswith("_kernel"):
             extra = values if "V" in kernel.arg_names else {}
             yield kernel, common | extra, warps, stages
 
 
+def causal_conv1d_kernels():
+    """The same for four taps with bias and activation; block sizes do not depend on anything."""
+    every = {"W": 4, "BW": 4, "BIAS": True, "SILU": True, **conv.BLOCK}
+    for name, kernel in vars(conv_kernels).items():
+        if name.endswith("_kernel"):
+            yield kernel, {key: value for key, value in every.items() if key in kernel.arg_names}, 4, 3
+
+
 def main(archs: list[int], dtypes: list[str], sizes: list[int]) -> None:
     for arch in archs:
         for dtype in dtypes:
+            forms = [("causal_conv1d", None, CONV_DATA, *form) for form in causal_conv1d_kernels()]
             for size in sizes:
-                for kernel, constants, warps, stages in gated_delta_rule_kernels(size, dtype, arch):
-                    name = kernel.fn.__name__
-                    row = {"kernel": name, "arch": arch, "dtype": dtype, "head": size, "warps": warps}
-                    row |= compile_one(kernel, constants, dtype, arch, warps, stages)
-                    print(json.dumps(row), flush=True)
+                calls = gated_delta_rule_kernels(size, dtype, arch)
+                forms += [("gated_delta_rule", size, DELTA_DATA, *form) for form in calls]
+            for operation, size, data, kernel, constants, warps, stages in forms:
+                row = {"operation": operation, "kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype}
+                row |= {"head": size, "warps": warps}
+                row |= compile_one(kernel, data, constants, dtype, arch, warps, stages)
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
