@@ -5,6 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, autocast, float32, promote_types
 
+from kernels.backend import choose
 from kernels.ssd.reference import ssd_reference
 from kernels.ssd.torch import CHUNK, ssd_chunked
 
@@ -45,7 +46,7 @@ def ssd(
         dt_limit: least and greatest time step (after softplus).
         initial_states: [B, H, P, N], zeros where None.
         return_final_states: whether to return the states after the last token.
-        backend: "auto" (the fastest that runs here), "torch" (chunked) or "reference" (token by token, which is the
+        backend: "auto" (see `choose`), "torch" (chunked) or "reference" (token by token, which is the
             fastest for one token).
 
     Returns:
@@ -75,8 +76,8 @@ def ssd(
             raise ValueError(f"{name} is {tuple(tensor.shape)}, it must be {tuple(wanted[name])}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1 token")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} for ssd: choose from auto, {', '.join(BACKENDS)}")
+    # A chunk of one token is the recurrence in more steps.
+    backend = choose("ssd", backend, BACKENDS, "torch" if T > 1 else "reference", x)
 
     dtype = promote_types(x.dtype, float32)
     if dt is None:
@@ -87,8 +88,6 @@ def ssd(
         if dt_limit != (0.0, math.inf):
             dt = dt.clamp(*dt_limit)
         g = dt * A.to(dtype)
-    if backend == "auto":
-        backend = "torch" if T > 1 else "reference"  # a chunk of one token is the recurrence in more steps
     # Autocast would round the decayed scores and the states to bfloat16.
     with autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         y, final_states = BACKENDS[backend](x, dt, g, B, C, chunk_size, initial_states)
