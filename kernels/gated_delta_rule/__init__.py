@@ -44,7 +44,8 @@ def gated_delta_rule(
             cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
         A_log, dt_bias: [HV]; with them g is the input of the gate, -exp(A_log) softplus(g + dt_bias).
         use_qk_l2norm: whether q and k are divided by their norms, x / sqrt(sum(x^2) + 1e-6).
-        backend: "auto" (see `choose`), "torch" (chunked), "reference" (token by token) or "triton" (float32,
+        backend: "auto" (see `choose`), "torch" (chunked), "reference" (token by token, which is
+            the fastest for one token) or "triton" (float32,
             bfloat16 and float16, heads of up to 256 dimensions).
 
     Returns:
@@ -74,7 +75,8 @@ def gated_delta_rule(
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is not None and initial_state.shape != (N, HV, K, V):
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(N, HV, K, V)}")
-    backend = choose("gated_delta_rule", backend, [*BACKENDS, "triton"], "torch", q)
+    # A chunk of one token is the recurrence in more steps.
+    backend = choose("gated_delta_rule", backend, [*BACKENDS, "triton"], "torch" if T > 1 else "reference", q)
 
     if A_log is not None:
         dtype = promote_types(g.dtype, float32)

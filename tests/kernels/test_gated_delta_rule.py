@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import gated_delta_rule
+from kernels.gated_delta_rule import torch as chunked
 
 LENGTHS = [1, 63, 64, 65, 200]
 
@@ -37,16 +39,60 @@ def test_chunked_equals_the_recurrence_in_float64(T, gate):
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize("gate", [-0.1, -20.0])
-def test_chunked_in_float32_errs_at_most_twice_as_much_as_the_recurrence_in_float32(T, gate):
-    truth = run(inputs(T, gate=gate), "reference")
-    single = inputs(T, gate=gate, dtype=torch.float32)
-    plain, got = run(single, "reference"), run(single, "torch")
+@pytest.mark.parametrize("gate", [0.0, -0.1, -20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_errs_at_most_twice_as_much_as_the_recurrence_in_the_same_dtype(T, gate, dtype):
+    truth = run(inputs(T, gate=gate, K=32), "reference")
+    low = inputs(T, gate=gate, K=32, dtype=dtype)
+    plain, got = run(low, "reference"), run(low, "torch")
     for name in truth:
+        assert got[name].dtype == plain[name].dtype
         error = (got[name].double() - truth[name]).abs()
         allowed = 2 * (plain[name].double() - truth[name]).abs().max() + 1e-6 * truth[name].abs().max()
         tiles = error.flatten(1).split(64, dim=1)
         assert max(tile.max() for tile in tiles) <= allowed, name
+
+
+@pytest.mark.parametrize("T", [8, 64, 192])
+def test_counted_flops_are_the_products_that_pytorch_counts_but_for_the_triangular_system(T):
+    """Which is counted as a substitution takes it, and run as an inverse and a full product."""
+    tensors = {name: x.detach().to("meta") for name, x in inputs(T).items()}
+    in_place = {torch.ops.aten.baddbmm_: lambda out, a, b, **options: 2 * a.numel() * b[-1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as ran:
+        chunked.chunked_forward(*tensors.values(), 0.3)
+    C, heads = min(T, 64), 2 * 4 * -(-T // 64)
+    with FlopCounterMode(display=False) as inverse:
+        chunked.unit_triangular_inverse(torch.empty(heads, C, C, device="meta"))
+    product = heads * 2 * C * C * (8 + 16)
+    with FlopCounterMode(display=False) as counted:
+        gated_delta_rule(**tensors, backend="torch")
+    assert counted.get_total_flops() == ran.get_total_flops() - inverse.get_total_flops() - product // 2
+    assert counted.get_total_flops() == 2 * chunked.gated_delta_rule_flops(T, 4, 8, 16)
+
+
+def test_a_step_is_counted_as_pytorch_counts_it():
+    with FlopCounterMode(display=False) as counter:
+        gated_delta_rule(**{name: x.to("meta") for name, x in inputs(1).items()})
+    assert counter.get_total_flops() == 2 * chunked.gated_delta_rule_flops(1, 4, 8, 16)
+
+
+def test_the_operator_passes_pytorchs_own_checks():
+    tensors = inputs(20, dtype=torch.float32)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(chunked.forward, (*tensors.values(), 0.3), test_utils=checks)
+
+
+@pytest.mark.slow  # half a minute of compilation
+def test_it_compiles_without_a_break():
+    tensors = inputs(100, dtype=torch.float32)
+
+    def loss(q, k, v, g, beta, initial_state):
+        o, state = gated_delta_rule(q, k, v.exp(), g, beta, initial_state=initial_state, output_final_state=True)
+        return o.square().sum() + state.sum()
+
+    results = [torch.autograd.grad(f(**tensors), tensors.values()) for f in (loss, torch.compile(loss, fullgraph=True))]
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
 
 
 def test_strong_decay_overflows_nowhere():
@@ -61,6 +107,15 @@ def test_repeated_keys_with_full_writing_strength_stay_stable():
     truth, _ = gated_delta_rule(**{name: x.double() for name, x in tensors.items()}, backend="reference")
     got, _ = gated_delta_rule(**tensors, backend="torch")
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_changes_nothing():
+    tensors = inputs(70, dtype=torch.float32)
+    truth = run(tensors, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(tensors, "torch")
+    for name in truth:
+        assert torch.equal(got[name], truth[name]), name
 
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 100])
