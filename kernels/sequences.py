@@ -1,5 +1,6 @@
 """Sequences of several lengths, packed one after the other, and how they are cut into chunks."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,26 @@ def check_packed(batch: int, tokens: int, cu_seqlens: Tensor) -> None:
             f"cu_seqlens must be [sequences + 1] of int32 or int64, the first 0 and the last the {tokens} tokens; got "
             f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
+
+
+def one_by_one(
+    run: Callable, tokens: list[Tensor | None], states: Tensor, cu_seqlens: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences, each by itself.
+
+    Args:
+        run: takes the tokens of one and its state, gives outputs and the state after it.
+        tokens: tensors [1, tokens, ...], or None.
+        states: [sequences, ...].
+        like: [1, tokens, ...], what outputs look like.
+    """
+    outputs, finals = [like[:, :0]], []
+    for start, end, state in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), states.split(1), strict=True):
+        if end > start:
+            output, state = run(*(x if x is None else x[:, start:end] for x in tokens), state)
+            outputs.append(output)
+        finals.append(state)
+    return torch.cat(outputs, 1), torch.cat(finals)
 
 
 def chunks_of(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:

@@ -1,12 +1,12 @@
 """The short causal depthwise convolution in front of recurrent mixers."""
 
 import torch.nn.functional as F
-from torch import Tensor, cat
+from torch import Tensor
 
 from kernels.backend import choose
 from kernels.causal_conv1d.reference import causal_conv1d_reference
 from kernels.causal_conv1d.torch import causal_conv1d_torch
-from kernels.sequences import check_packed
+from kernels.sequences import check_packed, one_by_one
 
 BACKENDS = {"reference": causal_conv1d_reference, "torch": causal_conv1d_torch}
 
@@ -65,9 +65,5 @@ def causal_conv1d(
     if cu_seqlens is None:
         y, state = run(x, weight, bias, initial_state)
     else:
-        bounds = cu_seqlens.tolist()
-        parts = zip(bounds[:-1], bounds[1:], initial_state.split(1), strict=True)
-        parts = [run(x[:, a:b], weight, bias, before) if b > a else (x[:, a:b], before) for a, b, before in parts]
-        outputs, states = zip(*parts, strict=True)
-        y, state = cat(outputs, 1), cat(states)
+        y, state = one_by_one(lambda x, before: run(x, weight, bias, before), [x], initial_state, cu_seqlens, like=x)
     return F.silu(y) if activation else y, state

@@ -1,12 +1,14 @@
 """The gated delta rule (Yang et al., Gated Delta Networks, arXiv 2412.06464, equation 10)."""
 
+from functools import partial
+
 import torch.nn.functional as F
-from torch import Tensor, cat, float32, promote_types
+from torch import Tensor, float32, promote_types
 
 from kernels.backend import choose
 from kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from kernels.gated_delta_rule.torch import gated_delta_rule_chunked
-from kernels.sequences import check_packed
+from kernels.sequences import check_packed, one_by_one
 
 BACKENDS = {"reference": gated_delta_rule_reference, "torch": gated_delta_rule_chunked}
 
@@ -85,27 +87,15 @@ def gated_delta_rule(
         dtype = promote_types(q.dtype, float32)
         q, k = (x.to(dtype) * (x.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     scale = K**-0.5 if scale is None else scale
+    dtype = promote_types(q.dtype, float32)
+    state = q.new_zeros(N, HV, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if backend == "triton":
         from kernels.gated_delta_rule.operator import gated_delta_rule_triton
 
-        o, final_state = gated_delta_rule_triton(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+        o, final_state = gated_delta_rule_triton(q, k, v, g, beta, state, scale, cu_seqlens)
     elif cu_seqlens is None:
-        o, final_state = BACKENDS[backend](q, k, v, g, beta, scale, initial_state)
+        o, final_state = BACKENDS[backend](q, k, v, g, beta, state, scale)
     else:
-        o, final_state = _one_by_one(BACKENDS[backend], (q, k, v, g, beta), scale, initial_state, cu_seqlens)
+        run = partial(BACKENDS[backend], scale=scale)
+        o, final_state = one_by_one(run, [q, k, v, g, beta], state, cu_seqlens, like=v)
     return o, final_state if output_final_state else None
-
-
-def _one_by_one(run, inputs: tuple[Tensor, ...], scale: float, initial_state: Tensor | None, cu_seqlens: Tensor):
-    """Packed sequences, each by itself."""
-    q, v = inputs[0], inputs[2]
-    dtype = promote_types(q.dtype, float32)
-    outputs, finals = [v[:, :0]], []
-    for n, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
-        state = q.new_zeros(1, *v.shape[2:3], q.shape[3], v.shape[3], dtype=dtype)
-        state = state if initial_state is None else initial_state[n : n + 1].to(dtype)
-        if end > start:
-            o, state = run(*(x[:, start:end] for x in inputs), scale, state)
-            outputs.append(o)
-        finals.append(state)
-    return cat(outputs, 1), cat(finals)

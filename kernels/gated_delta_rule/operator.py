@@ -163,8 +163,8 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def gated_delta_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes as in `gated_delta_rule`.
 
@@ -175,12 +175,8 @@ def gated_delta_rule_triton(
         raise ValueError(
             f"the Triton kernels take float32, bfloat16 and float16, not {v.dtype}: choose backend='torch'"
         )
-    B, T, _, K = q.shape
-    HV, V = v.shape[2:]
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(B + 1, device=q.device) * T
-    if initial_state is None:
-        initial_state = q.new_zeros(len(cu_seqlens) - 1, HV, K, V, dtype=torch.float32)
+        cu_seqlens = torch.arange(len(q) + 1, device=q.device) * q.shape[1]
     packed = (x.flatten(0, 1).contiguous() for x in (q, k, v, g, beta))
-    o, final, *_ = forward(*packed, initial_state.contiguous().float(), cu_seqlens, scale)
+    o, final, *_ = forward(*packed, initial_state.contiguous(), cu_seqlens, scale)
     return o.view(v.shape), final

@@ -5,17 +5,15 @@ from torch import Tensor
 
 
 def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `gated_delta_rule`; computes in float32, or float64 for float64 inputs."""
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    """Shapes as in `gated_delta_rule`; computes in the dtype of the initial state."""
+    T, H, HV = *q.shape[1:3], v.shape[2]
+    dtype = initial_state.dtype
     q, k = (x.to(dtype).repeat_interleave(HV // H, dim=2) for x in (q, k))
     v_BTHV, decay_BTH, beta = v.to(dtype), g.to(dtype).exp(), beta.to(dtype)
-    state = q.new_zeros(B, HV, K, V) if initial_state is None else initial_state.to(dtype)
 
-    outputs = []
+    state, outputs = initial_state, []
     for t in range(T):
         state = state * decay_BTH[:, t, :, None, None]
         stored = torch.einsum("bhkv,bhk->bhv", state, k[:, t])

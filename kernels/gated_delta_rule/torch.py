@@ -228,13 +228,10 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def gated_delta_rule_chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `gated_delta_rule`; computes in float32, or float64 for float64 inputs."""
-    (B, _, _, K), (HV, V) = q.shape, v.shape[2:]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    state = q.new_zeros(B, HV, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    o, final_state, *_ = forward(q, k, v, g, beta, state, scale)
+    """Shapes as in `gated_delta_rule`; computes in the dtype of the initial state."""
+    o, final_state, *_ = forward(q, k, v, g, beta, initial_state, scale)
     return o, final_state
 
 

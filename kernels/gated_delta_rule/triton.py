@@ -15,47 +15,9 @@ for bit.
 import triton
 import triton.language as tl
 
+from kernels.tiles import decay_between, gate_sums, last_of, product, put, state_at, tile
+
 PART = 16  # rows of the blocks on the diagonal that are inverted row by row
-
-
-@triton.jit
-def tile(pointer, rows, inside, heads, head, D: tl.constexpr, BD: tl.constexpr, first):
-    """Rows [C, BD] from column `first` of a head, 0 outside, as float32. pointer: [tokens, heads, D]."""
-    columns = first + tl.arange(0, BD)
-    at = (rows.to(tl.int64)[:, None] * heads + head) * D + columns[None]
-    return tl.load(pointer + at, mask=inside[:, None] & (columns < D)[None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def put(pointer, x, rows, inside, heads, head, D: tl.constexpr, BD: tl.constexpr, first):
-    columns = first + tl.arange(0, BD)
-    at = (rows.to(tl.int64)[:, None] * heads + head) * D + columns[None]
-    tl.store(pointer + at, x.to(pointer.dtype.element_ty), mask=inside[:, None] & (columns < D)[None])
-
-
-@triton.jit
-def gate_sums(g, rows, inside, HV, hv):
-    """G [C] in float64; after the last token it stays."""
-    return tl.cumsum(tl.load(g + rows.to(tl.int64) * HV + hv, mask=inside, other=0.0).to(tl.float64), 0)
-
-
-@triton.jit
-def last_of(G, C: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, C) == C - 1, G, 0.0), 0)
-
-
-@triton.jit
-def decay_between(G, strict: tl.constexpr, C: tl.constexpr):
-    """e^{G_i - G_j} [C, C] below the diagonal, and on it unless strict; 0 above."""
-    i = tl.arange(0, C)
-    seen = (i[:, None] > i[None]) if strict else (i[:, None] >= i[None])
-    between = tl.where(seen, G[:, None] - G[None], 0.0).to(tl.float32)
-    return tl.where(seen, tl.exp(between), 0.0)
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["HV", "H"])
@@ -135,15 +97,6 @@ def writes_kernel(
         put(u, product(T, v_CV, PRECISION), rows, inside, HV, hv, V, BV, first)
 
 
-@triton.jit
-def state_at(S, index, HV, hv, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, first):
-    """Pointers [BK, BV] into states [n, HV, K, V] from column `first`, and which of them exist."""
-    i, j = tl.arange(0, BK), first + tl.arange(0, BV)
-    exist = (i < K)[:, None] & (j < V)[None]
-    index = tl.full((), 0, tl.int64) + index  # a plain int in the interpreter
-    return S + ((index * HV + hv) * K + i[:, None]) * V + j[None], exist
-
-
 @triton.jit(do_not_specialize=["HV", "H"])
 def states_kernel(
     k, g, u, w, states, initial, final, begins, ends, firsts, HV, H, K: tl.constexpr, V: tl.constexpr,
@@ -151,10 +104,10 @@ def states_kernel(
 ):  # fmt: skip
     """Chunk by chunk through a sequence: keeps the state before each, and turns u into v' in place."""
     first, hv, sequence = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
-    at, exist = state_at(initial, sequence, HV, hv, K, V, BK, BV, first)
+    at, exist = state_at(initial, sequence, HV, hv, K, V, BK, BV, 0, first)
     S = tl.load(at, mask=exist, other=0.0).to(tl.float32)
     for chunk in range(tl.load(firsts + sequence), tl.load(firsts + sequence + 1)):
-        at, exist = state_at(states, chunk, HV, hv, K, V, BK, BV, first)
+        at, exist = state_at(states, chunk, HV, hv, K, V, BK, BV, 0, first)
         tl.store(at, S, mask=exist)
         rows = tl.load(begins + chunk) + tl.arange(0, C)
         inside = rows < tl.load(ends + chunk)
@@ -165,7 +118,7 @@ def states_kernel(
         put(u, new, rows, inside, HV, hv, V, BV, first)
         k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BK, 0) * tl.exp((G_last - G).to(tl.float32))[:, None]
         S = S * tl.exp(G_last.to(tl.float32)) + product(tl.trans(k_CK), new, PRECISION)
-    at, exist = state_at(final, sequence, HV, hv, K, V, BK, BV, first)
+    at, exist = state_at(final, sequence, HV, hv, K, V, BK, BV, 0, first)
     tl.store(at, S, mask=exist)
 
 
@@ -184,7 +137,7 @@ def outputs_kernel(
     P = product(q_CK, tl.trans(k_CK), PRECISION) * decay_between(G, False, C)
     q_CK *= tl.exp(G.to(tl.float32))[:, None]
     for first in range(0, V, BV):
-        at, exist = state_at(states, chunk, HV, hv, K, V, BK, BV, first)
+        at, exist = state_at(states, chunk, HV, hv, K, V, BK, BV, 0, first)
         S = tl.load(at, mask=exist, other=0.0)
         o_CV = product(q_CK, S, PRECISION) + product(P, tile(new, rows, inside, HV, hv, V, BV, first), PRECISION)
         put(o, o_CV, rows, inside, HV, hv, V, BV, first)
@@ -214,13 +167,13 @@ def state_gradients_kernel(
 ):  # fmt: skip
     """Backwards through the chunks: keeps the gradient of the state after each, and completes that of v' in place."""
     first, hv, sequence = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
-    at, exist = state_at(dfinal, sequence, HV, hv, K, V, BK, BV, first)
+    at, exist = state_at(dfinal, sequence, HV, hv, K, V, BK, BV, 0, first)
     dS = tl.load(at, mask=exist, other=0.0).to(tl.float32)
     begin = tl.load(firsts + sequence)
     end = tl.load(firsts + sequence + 1)
     for back in range(begin, end):
         chunk = begin + end - 1 - back
-        at, exist = state_at(dstates, chunk, HV, hv, K, V, BK, BV, first)
+        at, exist = state_at(dstates, chunk, HV, hv, K, V, BK, BV, 0, first)
         tl.store(at, dS, mask=exist)
         rows = tl.load(begins + chunk) + tl.arange(0, C)
         inside = rows < tl.load(ends + chunk)
@@ -234,7 +187,7 @@ def state_gradients_kernel(
         w_CK = tile(w, rows, inside, HV, hv, K, BK, 0)
         dS = dS * tl.exp(G_last.to(tl.float32)) + product(tl.trans(q_CK), do_CV, PRECISION)
         dS -= product(tl.trans(w_CK), dnew_CV, PRECISION)
-    at, exist = state_at(dinitial, sequence, HV, hv, K, V, BK, BV, first)
+    at, exist = state_at(dinitial, sequence, HV, hv, K, V, BK, BV, 0, first)
     tl.store(at, dS, mask=exist)
 
 
@@ -255,9 +208,9 @@ def output_gradients_kernel(
     dw_CK = tl.zeros((C, BK), dtype=tl.float32)
     kept = 0.0  # <S, dS_next>
     for first in range(0, V, BV):
-        at, exist = state_at(states, chunk, HV, hv, K, V, BK, BV, first)
+        at, exist = state_at(states, chunk, HV, hv, K, V, BK, BV, 0, first)
         S = tl.load(at, mask=exist, other=0.0)
-        at, exist = state_at(dstates, chunk, HV, hv, K, V, BK, BV, first)
+        at, exist = state_at(dstates, chunk, HV, hv, K, V, BK, BV, 0, first)
         dS = tl.load(at, mask=exist, other=0.0)
         do_CV = tile(do, rows, inside, HV, hv, V, BV, first)
         new_CV = tile(new, rows, inside, HV, hv, V, BV, first)

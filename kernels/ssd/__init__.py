@@ -1,11 +1,13 @@
 """The state space dual form of Mamba-2 (Dao and Gu, arXiv 2405.21060): linear attention with a scalar decay."""
 
 import math
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, autocast, float32, promote_types
 
 from kernels.backend import choose
+from kernels.sequences import check_packed, one_by_one
 from kernels.ssd.reference import ssd_reference
 from kernels.ssd.torch import CHUNK, ssd_chunked
 
@@ -27,6 +29,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = e^{dt_t A} S_{t-1} + dt_t x_t B_t^T;  y_t = (S_t C_t + D x_t) silu(z_t).
@@ -44,18 +47,21 @@ def ssd(
         dt_bias: [H], added to dt.
         dt_softplus: whether softplus is applied to dt (after the bias).
         dt_limit: least and greatest time step (after softplus).
-        initial_states: [B, H, P, N], zeros where None.
+        initial_states: [S, H, P, N], zeros where None; S = B, or the number of sequences of cu_seqlens.
         return_final_states: whether to return the states after the last token.
-        backend: "auto" (see `choose`), "torch" (chunked) or "reference" (token by token, which is the
-            fastest for one token).
+        cu_seqlens: [S + 1] int32 or int64: the batch of one holds S sequences one after the other, the n-th from
+            cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
+        backend: "auto" (see `choose`), "torch" (chunked), "reference" (token by token, which is the fastest for one
+            token), "triton" (float32, bfloat16 and float16) or "mamba_ssm" (the package, where it is installed; it
+            takes the same decay for every token, a dt and no cu_seqlens).
 
     Returns:
-        y [B, T, H, P] in x's dtype, and the final states [B, H, P, N] in float32 (float64 for float64 inputs)
+        y [B, T, H, P] in x's dtype, and the final states [S, H, P, N] in float32 (float64 for float64 inputs)
         or None.
 
     Raises:
-        ValueError: for shapes that do not fit together, options of dt without a dt, a chunk size below 1 or an
-            unknown backend.
+        ValueError: for shapes that do not fit together, options of dt without a dt, a chunk size below 1, or a
+            backend that there is not or that cannot run here.
     """
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
@@ -69,7 +75,10 @@ def ssd(
         raise ValueError(f"{H} heads are not a multiple of {G} groups")
     if dt is None and (dt_bias is not None or dt_softplus or dt_limit != (0.0, math.inf)):
         raise ValueError("dt_bias, dt_softplus and dt_limit change dt, which is None: give dt, or leave them out")
-    wanted = {"dt": steps, "D": (H,), "z": x.shape, "dt_bias": (H,), "initial_states": (batch, H, P, N)}
+    if cu_seqlens is not None:
+        check_packed(batch, T, cu_seqlens)
+    S = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    wanted = {"dt": steps, "D": (H,), "z": x.shape, "dt_bias": (H,), "initial_states": (S, H, P, N)}
     given = {"dt": dt, "D": D, "z": z, "dt_bias": dt_bias, "initial_states": initial_states}
     for name, tensor in given.items():
         if tensor is not None and tensor.shape != wanted[name]:
@@ -77,7 +86,15 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1 token")
     # A chunk of one token is the recurrence in more steps.
-    backend = choose("ssd", backend, BACKENDS, "torch" if T > 1 else "reference", x)
+    backend = choose("ssd", backend, [*BACKENDS, "triton", "mamba_ssm"], "torch" if T > 1 else "reference", x)
+    if backend == "mamba_ssm":
+        if dt is None or A.dim() > 1 or cu_seqlens is not None:
+            raise ValueError("backend 'mamba_ssm' of ssd takes a dt, A [H] and no cu_seqlens: choose another backend")
+        found = _mamba_ssm()(
+            x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
+            dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states,
+        )  # fmt: skip
+        return found if return_final_states else (found, None)
 
     dtype = promote_types(x.dtype, float32)
     if dt is None:
@@ -88,9 +105,31 @@ def ssd(
         if dt_limit != (0.0, math.inf):
             dt = dt.clamp(*dt_limit)
         g = dt * A.to(dtype)
+    state = x.new_zeros(S, H, P, N, dtype=dtype) if initial_states is None else initial_states.to(dtype)
     # Autocast would round the decayed scores and the states to bfloat16.
     with autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        y, final_states = BACKENDS[backend](x, dt, g, B, C, chunk_size, initial_states)
+        if backend == "triton":
+            from kernels.ssd.operator import ssd_triton
+
+            single = D is not None or z is not None  # so that y is rounded once, at the end
+            y, final_states = ssd_triton(x, dt, g, B, C, state, cu_seqlens, single)
+        else:
+            run = partial(ssd_chunked, chunk_size=chunk_size) if backend == "torch" else BACKENDS[backend]
+            if cu_seqlens is None:
+                y, final_states = run(x, dt, g, B, C, state)
+            else:
+                y, final_states = one_by_one(run, [x, dt, g.expand(steps), B, C], state, cu_seqlens, like=x.to(dtype))
     y = y if D is None else y + D.to(y.dtype)[:, None] * x
     y = y if z is None else y * F.silu(z.to(y.dtype))
     return y.to(x.dtype), final_states if return_final_states else None
+
+
+def _mamba_ssm():
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError as error:
+        raise ValueError(
+            f"backend 'mamba_ssm' of ssd needs the package mamba-ssm ({error}): pip install 'archipelago[cuda]', or "
+            f"choose from auto, {', '.join(BACKENDS)}, triton"
+        ) from error
+    return mamba_chunk_scan_combined

@@ -5,21 +5,14 @@ from torch import Tensor
 
 
 def ssd_reference(
-    x: Tensor, dt: Tensor | None, g: Tensor, B: Tensor, C: Tensor, chunk_size: int, initial_states: Tensor | None
+    x: Tensor, dt: Tensor | None, g: Tensor, B: Tensor, C: Tensor, initial_states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ssd`, with the log decays g = dt A [B or 1, T, H]; `chunk_size` is of no use here.
-
-    Computes in float32, or float64 for float64 inputs.
-    """
-    batch, T, H, P = x.shape
-    G, N = B.shape[2:]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """Shapes as in `ssd`, with the log decays g = dt A [B or 1, T, H]; computes in the dtype of the initial states."""
+    T, H, G, dtype = *x.shape[1:3], B.shape[2], initial_states.dtype
     B_BTHN, C_BTHN = (t.to(dtype).repeat_interleave(H // G, dim=2) for t in (B, C))
     u_BTHP = x.to(dtype) if dt is None else x.to(dtype) * dt[..., None]
     decay = g.exp()
-    state = x.new_zeros(batch, H, P, N, dtype=dtype) if initial_states is None else initial_states.to(dtype)
-
-    outputs = []
+    state, outputs = initial_states, []
     for t in range(T):
         write = u_BTHP[:, t, :, :, None] * B_BTHN[:, t, :, None]
         state = state * decay[:, t, :, None, None] + write

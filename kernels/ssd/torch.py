@@ -20,16 +20,14 @@ LEAST = -60.0
 
 
 def ssd_chunked(
-    x: Tensor, dt: Tensor | None, g: Tensor, B: Tensor, C: Tensor, chunk_size: int, initial_states: Tensor | None
+    x: Tensor, dt: Tensor | None, g: Tensor, B: Tensor, C: Tensor, initial_states: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `ssd`, with the log decays g = dt A [B or 1, T, H].
 
-    Computes in float32, or float64 for float64 inputs. (Products in bfloat16 would err up to seven times as much as
+    Computes in the dtype of the initial states. (Products in bfloat16 would err up to seven times as much as
     the recurrence does on the same bfloat16 inputs, and save a fifth of the time.)
     """
-    batch, T, H, P = x.shape
-    G, N = B.shape[2:]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    T, P, G, dtype = x.shape[1], x.shape[3], B.shape[2], initial_states.dtype
     chunk = min(chunk_size, T)
     pad = -T % chunk
 
@@ -58,8 +56,7 @@ def ssd_chunked(
     writes = B_BKGLN.mT @ rearrange(u_BKLHP, "b k l (g r) p -> b k g l (r p)", g=G)
     carries = rearrange(_exp(sums_BKLH[:, :, -1]), "b k (g r) -> b k g 1 r 1", g=G)
 
-    state = x.new_zeros(batch, H, P, N, dtype=dtype) if initial_states is None else initial_states.to(dtype)
-    state = rearrange(state, "b (g r) p n -> b g n r p", g=G)
+    state = rearrange(initial_states, "b (g r) p n -> b g n r p", g=G)
     before = []
     for write_BGNRP, carry in zip(writes.unflatten(-1, (-1, P)).unbind(1), carries.unbind(1)):
         before.append(state)

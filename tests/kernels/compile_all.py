@@ -16,13 +16,16 @@ from kernels.causal_conv1d import operator as conv
 from kernels.causal_conv1d import triton as conv_kernels
 from kernels.gated_delta_rule import operator as delta
 from kernels.gated_delta_rule import triton as delta_kernels
+from kernels.ssd import operator as ssd
+from kernels.ssd import triton as ssd_kernels
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 # Arguments in the dtype of the data; all else is float32 or as below.
 DELTA_DATA = {"q", "k", "v", "o", "do", "dv"}
 CONV_DATA = {"x", "y", "dy", "dx", "state", "weight", "bias", "final", "dfinal", "dstate"}
+SSD_DATA = {"x", "B", "C", "a", "b", "dx", "dy"}  # y is float32 or the data's, dy too
 KINDS = {"begins": "*i32", "ends": "*i32", "firsts": "*i32", "sequences": "*i32", "cu": "*i64", "dG": "*fp64"}
-KINDS |= {"HV": "i32", "H": "i32", "C": "i32", "scale": "fp32"}
+KINDS |= {"HV": "i32", "H": "i32", "G": "i32", "C": "i32", "scale": "fp32"}
 
 
 def usage(cubin: bytes) -> dict:
@@ -44,7 +47,7 @@ def compile_one(kernel, data: set, constants: dict, dtype: str, arch: int, warps
         if name in constants:
             signature[name], constexprs[name] = "constexpr", constants[name]
         else:
-            signature[name] = KINDS.get(name, TYPES[dtype] if name in data else "*fp32")
+            signature[name] = TYPES[dtype] if name in data else KINDS.get(name, "*fp32")
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
     }
@@ -68,6 +71,26 @@ def gated_delta_rule_kernels(size: int, dtype: str, arch: int):
             yield kernel, common | extra, warps, stages
 
 
+def ssd_kernels_of(size: int, dtype: str, arch: int):
+    """The same for heads of half as many channels as their state has numbers, as published."""
+    P, N = size // 2, size
+    BP, BN, warps, stages = ssd.blocks_for(P, N, (arch // 10, arch % 10))
+    every = {
+        "P": P,
+        "N": N,
+        "BP": BP,
+        "BN": BN,
+        "L": ssd.CHUNK,
+        "PRECISION": "tf32x3" if dtype == "float32" else "tf32",
+    }
+    passed = {"SIZE": P * N, "BLOCK": ssd.PASSED, "L": ssd.CHUNK}
+    for name, kernel in vars(ssd_kernels).items():
+        if name == "pass_kernel":
+            yield kernel, passed | {"REVERSE": True}, 4, 3
+        elif name.endswith("_kernel"):
+            yield kernel, every | ({"READ": True} if "READ" in kernel.arg_names else {}), warps, stages
+
+
 def causal_conv1d_kernels():
     """The same for four taps with bias and activation; block sizes do not depend on anything."""
     every = {"W": 4, "BW": 4, "BIAS": True, "SILU": True, **conv.BLOCK}
@@ -83,6 +106,7 @@ def main(archs: list[int], dtypes: list[str], sizes: list[int]) -> None:
             for size in sizes:
                 calls = gated_delta_rule_kernels(size, dtype, arch)
                 forms += [("gated_delta_rule", size, DELTA_DATA, *form) for form in calls]
+                forms += [("ssd", size, SSD_DATA, *form) for form in ssd_kernels_of(size, dtype, arch)]
             for operation, size, data, kernel, constants, warps, stages in forms:
                 row = {"operation": operation, "kernel": kernel.fn.__name__, "arch": arch, "dtype": dtype}
                 row |= {"head": size, "warps": warps}

@@ -1,6 +1,8 @@
 """Every backend of the state space dual form against the recurrence in float64."""
 
+import sys
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -194,3 +196,33 @@ def test_counted_flops_are_those_that_pytorch_counts(T, G, chunk_size):
 def test_bad_input_is_refused_by_name(change, words):
     with pytest.raises(ValueError, match=words):
         ssd(**(inputs(10) | change))
+
+
+def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
+    tensors = {name: t.detach() for name, t in inputs(20).items()}
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    with pytest.raises(ValueError, match="needs the package mamba-ssm.*or choose from auto, reference, torch"):
+        ssd(**tensors, backend="mamba_ssm")
+
+    def mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
+        dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False,
+    ):  # fmt: skip
+        """The signature of the package's function."""
+        options = dict(D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, dt_softplus=dt_softplus)
+        found = ssd(x, dt, A, B, C, dt_limit=dt_limit, return_final_states=True, backend="reference", **options)
+        return found if return_final_states else found[0]
+
+    package = ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    package.mamba_chunk_scan_combined = mamba_chunk_scan_combined
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    options = {"dt_bias": torch.ones(4), "dt_softplus": True, "dt_limit": (0.1, 1.5)}
+    for final in (False, True):
+        got, expected = (
+            ssd(**tensors, **options, return_final_states=final, backend=backend) for backend in ("mamba_ssm", "torch")
+        )
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="takes a dt, A .H. and no cu_seqlens"):
+        ssd(**tensors | {"dt": None}, backend="mamba_ssm")

@@ -1,0 +1,184 @@
+"""The state space dual form in chunks of L tokens, forward and backward, in Triton.
+
+Sequences lie packed one after the other; a chunk belongs to one of them. With G the sum of g within a chunk, u = dt x, S the
+state [P, N] before the chunk, R = e^{G_last - G} and D_ij = e^{G_i - G_j} for i >= j,
+
+    M = C B^T * D    y = e^G C S^T + M u    S_next = e^{G_last} S + u^T (R B)
+
+Every chunk is a program of its own, but for `pass_kernel`, which hands states from chunk to chunk, element by element.
+Products are of TF32 numbers, of float32 inputs in three parts that together keep float32's precision; sums of g are
+float64. Nothing is added atomically, so two runs are equal bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.tiles import decay_between, gate_sums, last_of, product, put, state_at, tile
+
+
+@triton.jit
+def steps_of(dt, rows, inside, H, h):
+    return tl.load(dt + rows.to(tl.int64) * H + h, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["H", "G"])
+def outer_kernel(
+    a, b, dt, g, states, begins, ends, H, G, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    L: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a^T b, weighted by token, of each chunk [chunks, H, P, N]: what the chunk writes, (dt R x)^T B; or with READ what its
+    outputs give to the state before it, (e^G dy)^T C."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(begins + chunk) + tl.arange(0, L)
+    inside = rows < tl.load(ends + chunk)
+    sums = gate_sums(g, rows, inside, H, h)
+    if READ:
+        weight = tl.exp(sums.to(tl.float32))
+    else:
+        weight = tl.exp((last_of(sums, L) - sums).to(tl.float32)) * steps_of(dt, rows, inside, H, h)
+    for p in range(0, P, BP):
+        a_LP = tile(a, rows, inside, H, h, P, BP, p) * weight[:, None]
+        for n in range(0, N, BN):
+            b_LN = tile(b, rows, inside, G, h // (H // G), N, BN, n)
+            at, exist = state_at(states, chunk, H, h, P, N, BP, BN, p, n)
+            tl.store(at, product(tl.trans(a_LP), b_LN, PRECISION), mask=exist)
+
+
+@triton.jit(do_not_specialize=["H"])
+def pass_kernel(
+    g, states, first, last, begins, ends, firsts, H, SIZE: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """From what each chunk writes to the state before it, in place; `first` is the state before the sequence and `last` that
+    after it. With REVERSE gradients of states, from the last chunk to the first: to the gradient of the state after each."""
+    at, h, sequence = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2)
+    exist = at < SIZE
+    own = (sequence.to(tl.int64) * H + h) * SIZE + at
+    state = tl.load(first + own, mask=exist, other=0.0).to(tl.float32)
+    begin = tl.load(firsts + sequence)
+    end = tl.load(firsts + sequence + 1)
+    for i in range(begin, end):
+        chunk = (begin + end - 1 - i) if REVERSE else i
+        rows = tl.load(begins + chunk) + tl.arange(0, L)
+        kept = tl.exp(last_of(gate_sums(g, rows, rows < tl.load(ends + chunk), H, h), L).to(tl.float32))
+        here = states + (tl.full((), 0, tl.int64) + chunk) * H * SIZE + h * SIZE + at
+        written = tl.load(here, mask=exist, other=0.0)
+        tl.store(here, state, mask=exist)
+        state = state * kept + written
+    tl.store(last + own, state, mask=exist)
+
+
+@triton.jit
+def scores(B, C, rows, inside, G, group, N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):
+    """C B^T [L, L]."""
+    total = tl.zeros((L, L), dtype=tl.float32)
+    for n in range(0, N, BN):
+        b_LN = tile(B, rows, inside, G, group, N, BN, n)
+        total += product(tile(C, rows, inside, G, group, N, BN, n), tl.trans(b_LN), PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["H", "G"])
+def outputs_kernel(
+    x, dt, g, B, C, states, y, begins, ends, H, G, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
+    BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = e^G C S^T + M u."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(begins + chunk) + tl.arange(0, L)
+    inside = rows < tl.load(ends + chunk)
+    sums = gate_sums(g, rows, inside, H, h)
+    group = h // (H // G)
+    M = scores(B, C, rows, inside, G, group, N, BN, L, PRECISION) * decay_between(sums, False, L)
+    growth = tl.exp(sums.to(tl.float32))
+    step = steps_of(dt, rows, inside, H, h)
+    for p in range(0, P, BP):
+        y_LP = tl.zeros((L, BP), dtype=tl.float32)
+        for n in range(0, N, BN):
+            at, exist = state_at(states, chunk, H, h, P, N, BP, BN, p, n)
+            S = tl.load(at, mask=exist, other=0.0)
+            y_LP += product(tile(C, rows, inside, G, group, N, BN, n), tl.trans(S), PRECISION)
+        u_LP = tile(x, rows, inside, H, h, P, BP, p) * step[:, None]
+        put(y, y_LP * growth[:, None] + product(M, u_LP, PRECISION), rows, inside, H, h, P, BP, p)
+
+
+@triton.jit(do_not_specialize=["H", "G"])
+def values_gradient_kernel(
+    x, dt, g, B, C, dstates, dy, dx, ddt, begins, ends, H, G, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
+    BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """du = R B dS_next^T + M^T dy, and through it dx and the direct part of ddt [tokens, H]."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(begins + chunk) + tl.arange(0, L)
+    inside = rows < tl.load(ends + chunk)
+    sums = gate_sums(g, rows, inside, H, h)
+    group = h // (H // G)
+    M = scores(B, C, rows, inside, G, group, N, BN, L, PRECISION) * decay_between(sums, False, L)
+    to_end = tl.exp((last_of(sums, L) - sums).to(tl.float32))
+    step = steps_of(dt, rows, inside, H, h)
+    ddt_L = tl.zeros((L,), dtype=tl.float32)
+    for p in range(0, P, BP):
+        du_LP = tl.zeros((L, BP), dtype=tl.float32)
+        for n in range(0, N, BN):
+            at, exist = state_at(dstates, chunk, H, h, P, N, BP, BN, p, n)
+            dS = tl.load(at, mask=exist, other=0.0)
+            du_LP += product(tile(B, rows, inside, G, group, N, BN, n), tl.trans(dS), PRECISION)
+        dy_LP = tile(dy, rows, inside, H, h, P, BP, p)
+        du_LP = du_LP * to_end[:, None] + product(tl.trans(M), dy_LP, PRECISION)
+        ddt_L += tl.sum(tile(x, rows, inside, H, h, P, BP, p) * du_LP, 1)
+        put(dx, du_LP * step[:, None], rows, inside, H, h, P, BP, p)
+    tl.store(ddt + rows.to(tl.int64) * H + h, ddt_L, mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "G"])
+def keys_gradient_kernel(
+    x, dt, g, B, C, states, dstates, dy, dg, dB, dC, begins, ends, H, G, P: tl.constexpr, N: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dB and dC of each head [tokens, H, N], and dg [tokens, H].
+
+    Of a gate g_t: what acts through e^G comes from the tokens from t on, what acts through R from those before t, and what
+    acts through D_ij from the pairs j < t <= i. Summed like this nothing has to cancel."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(begins + chunk) + tl.arange(0, L)
+    inside = rows < tl.load(ends + chunk)
+    sums = gate_sums(g, rows, inside, H, h)
+    step = steps_of(dt, rows, inside, H, h)
+    group = h // (H // G)
+    dM = tl.zeros((L, L), dtype=tl.float32)
+    for p in range(0, P, BP):
+        u_LP = tile(x, rows, inside, H, h, P, BP, p) * step[:, None]
+        dM += product(tile(dy, rows, inside, H, h, P, BP, p), tl.trans(u_LP), PRECISION)
+    dM *= decay_between(sums, False, L)
+    pairs = dM * scores(B, C, rows, inside, G, group, N, BN, L, PRECISION)
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None]
+    spanning = tl.sum(tl.where(j < i, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
+
+    G_last = last_of(sums, L)
+    growth = tl.exp(sums.to(tl.float32))
+    to_end = tl.exp((G_last - sums).to(tl.float32))
+    from_start = tl.zeros((L,), dtype=tl.float32)
+    to_last = tl.zeros((L,), dtype=tl.float32)
+    whole = 0.0  # <S, dS_next>
+    for n in range(0, N, BN):
+        dB_LN = tl.zeros((L, BN), dtype=tl.float32)
+        dC_LN = tl.zeros((L, BN), dtype=tl.float32)
+        for p in range(0, P, BP):
+            at, exist = state_at(states, chunk, H, h, P, N, BP, BN, p, n)
+            S = tl.load(at, mask=exist, other=0.0)
+            at, exist = state_at(dstates, chunk, H, h, P, N, BP, BN, p, n)
+            dS = tl.load(at, mask=exist, other=0.0)
+            whole += tl.sum(S * dS)
+            dC_LN += product(tile(dy, rows, inside, H, h, P, BP, p), S, PRECISION)
+            dB_LN += product(tile(x, rows, inside, H, h, P, BP, p) * step[:, None], dS, PRECISION)
+        b_LN = tile(B, rows, inside, G, group, N, BN, n)
+        c_LN = tile(C, rows, inside, G, group, N, BN, n)
+        dC_LN *= growth[:, None]
+        from_start += tl.sum(c_LN * dC_LN, 1)
+        put(dC, dC_LN + product(dM, b_LN, PRECISION), rows, inside, H, h, N, BN, n)
+        dB_LN *= to_end[:, None]
+        to_last += tl.sum(b_LN * dB_LN, 1)
+        put(dB, dB_LN + product(tl.trans(dM), c_LN, PRECISION), rows, inside, H, h, N, BN, n)
+    dg_L = tl.sum(tl.where(i >= j, from_start[:, None], to_last[:, None]), 0)
+    dg_L += spanning + whole * tl.exp(G_last.to(tl.float32))
+    tl.store(dg + rows.to(tl.int64) * H + h, dg_L, mask=inside)
