@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FEW = 8  # tokens of a sequence that are decoded one by one
+
 
 class Chunks(NamedTuple):
     """begins, ends: [chunks] int32, the tokens of each chunk: from its begin to at most the end of its sequence.
@@ -30,6 +32,12 @@ def check_packed(batch: int, tokens: int, cu_seqlens: Tensor) -> None:
             f"cu_seqlens must be [sequences + 1] of int32 or int64, the first 0 and the last the {tokens} tokens; got "
             f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
+
+
+def takes_steps(tokens: int, cu_seqlens: Tensor | None, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a Triton backend goes token by token: for a few, when no gradient is wanted, as decoding does."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return tokens <= FEW and cu_seqlens is None and not wanted
 
 
 def one_by_one(

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.gated_delta_rule import triton as kernels
 from kernels.gated_delta_rule.torch import gated_delta_rule_flops
 from kernels.gated_delta_rule.triton import PART
-from kernels.sequences import chunks_of
+from kernels.sequences import chunks_of, takes_steps
 
 # Columns of V that a program holds, its warps and its pipeline stages, by the least compute capability that they are for
 # and the largest K. To add a GPU, add its rows: the tests compile every row for every architecture and check that its
@@ -162,6 +162,29 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     return gated_delta_rule_flops(q_shape[0], v_shape[1], q_shape[2], v_shape[2])
 
 
+@torch.library.custom_op("archipelago::gated_delta_rule_steps", mutates_args=())
+def steps(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `gated_delta_rule`, token by token, without gradients -> o and the final state."""
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    o, final, BV = torch.empty_like(v), torch.empty_like(initial_state), min(16, _power_of_two(V))
+    kernels.steps_kernel[(-(-V // BV), HV, B)](
+        q, k, v, g, beta, initial_state, o, final, T, HV, H, scale, K=K, V=V, BK=_power_of_two(K), BV=BV, num_warps=1
+    )
+    return o, final
+
+
+@steps.register_fake
+def _(q, k, v, g, beta, initial_state, scale):
+    return torch.empty_like(v), torch.empty_like(initial_state)
+
+
+@register_flop_formula(torch.ops.archipelago.gated_delta_rule_steps)
+def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    return q_shape[0] * q_shape[1] * gated_delta_rule_flops(1, v_shape[2], q_shape[3], v_shape[3])
+
+
 def gated_delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float,
     cu_seqlens: Tensor | None,
@@ -175,6 +198,8 @@ def gated_delta_rule_triton(
         raise ValueError(
             f"the Triton kernels take float32, bfloat16 and float16, not {v.dtype}: choose backend='torch'"
         )
+    if takes_steps(q.shape[1], cu_seqlens, (q, k, v, g, beta, initial_state)):
+        return steps(*(x.contiguous() for x in (q, k, v, g, beta, initial_state)), scale)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(len(q) + 1, device=q.device) * q.shape[1]
     packed = (x.flatten(0, 1).contiguous() for x in (q, k, v, g, beta))

@@ -279,3 +279,28 @@ def write_gradients_kernel(
     dG_C = tl.where(inside, dG_C, 0.0)  # g_i is in every G from i on
     dg_C = tl.sum(dG_C, 0) - tl.cumsum(dG_C, 0) + dG_C
     tl.store(dg + gate, dg_C.to(dg.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "HV", "H", "scale"])
+def steps_kernel(
+    q, k, v, g, beta, initial, o, final, T, HV, H, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """The recurrence token by token, for decoding: T tokens of each sequence; the state is read once and written once."""
+    columns, hv, sequence = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
+    at, exist = state_at(initial, sequence, HV, hv, K, V, BK, BV, 0, tl.program_id(0) * BV)
+    S = tl.load(at, mask=exist, other=0.0)
+    i = tl.arange(0, BK)
+    for t in range(T):
+        token = sequence.to(tl.int64) * T + t
+        key = (token * H + hv // (HV // H)) * K + i
+        k_K = tl.load(k + key, mask=i < K, other=0.0).to(tl.float32)
+        q_K = tl.load(q + key, mask=i < K, other=0.0).to(tl.float32) * scale
+        value = (token * HV + hv) * V + columns
+        S *= tl.exp(tl.load(g + token * HV + hv).to(tl.float32))
+        stored = tl.sum(S * k_K[:, None], 0)
+        v_V = tl.load(v + value, mask=columns < V, other=0.0).to(tl.float32)
+        S += k_K[:, None] * (tl.load(beta + token * HV + hv).to(tl.float32) * (v_V - stored))[None]
+        tl.store(o + value, tl.sum(S * q_K[:, None], 0).to(o.dtype.element_ty), mask=columns < V)
+    at, exist = state_at(final, sequence, HV, hv, K, V, BK, BV, 0, tl.program_id(0) * BV)
+    tl.store(at, S, mask=exist)

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.sequences import chunks_of
+from kernels.sequences import chunks_of, takes_steps
 from kernels.ssd import triton as kernels
 from kernels.ssd.torch import CHUNK, ssd_flops
 
@@ -117,6 +117,31 @@ def _(x_shape, dt_shape, g_shape, B_shape, *args, out_shape=None, **kwargs) -> i
     return ssd_flops(*x_shape[:2], B_shape[1], x_shape[2], B_shape[2])
 
 
+@torch.library.custom_op("archipelago::ssd_steps", mutates_args=())
+def steps(
+    x: Tensor, dt: Tensor, g: Tensor, B: Tensor, C: Tensor, initial_states: Tensor, single: bool
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `ssd`, token by token, without gradients -> y and the final states."""
+    (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+    y, final = torch.empty_like(x, dtype=torch.float32 if single else x.dtype), torch.empty_like(initial_states)
+    BP = min(16, triton.next_power_of_2(P))
+    kernels.steps_kernel[(-(-P // BP), H, batch)](
+        x, dt, g, B, C, initial_states, y, final, T, H, G, P=P, N=N, BP=BP, BN=triton.next_power_of_2(N), num_warps=1
+    )
+    return y, final
+
+
+@steps.register_fake
+def _(x, dt, g, B, C, initial_states, single):
+    return torch.empty_like(x, dtype=torch.float32 if single else x.dtype), torch.empty_like(initial_states)
+
+
+@register_flop_formula(torch.ops.archipelago.ssd_steps)
+def _(x_shape, dt_shape, g_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
+    batch, T, H, P = x_shape
+    return batch * T * ssd_flops(1, H, B_shape[2], P, B_shape[3])
+
+
 def ssd_triton(
     x: Tensor, dt: Tensor | None, g: Tensor, B: Tensor, C: Tensor, initial_states: Tensor, cu_seqlens: Tensor | None,
     single: bool,
@@ -131,10 +156,12 @@ def ssd_triton(
             f"the Triton kernels take float32, bfloat16 and float16, not {x.dtype}: choose backend='torch'"
         )
     batch, T, H, _ = x.shape
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(batch + 1, device=x.device) * T
     g = g.expand(batch, T, H)
     dt = torch.ones_like(g) if dt is None else dt
+    if takes_steps(T, cu_seqlens, (x, dt, g, B, C, initial_states)):
+        return steps(*(t.contiguous() for t in (x, dt, g, B, C, initial_states)), single)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(batch + 1, device=x.device) * T
     packed = (t.flatten(0, 1).contiguous() for t in (x, dt, g, B, C))
     y, final_states, _ = forward(*packed, initial_states.contiguous(), cu_seqlens, single)
     return y.view(x.shape), final_states

@@ -182,3 +182,25 @@ def keys_gradient_kernel(
     dg_L = tl.sum(tl.where(i >= j, from_start[:, None], to_last[:, None]), 0)
     dg_L += spanning + whole * tl.exp(G_last.to(tl.float32))
     tl.store(dg + rows.to(tl.int64) * H + h, dg_L, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "H", "G"])
+def steps_kernel(
+    x, dt, g, B, C, initial, y, final, T, H, G, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr
+):
+    """The recurrence token by token, for decoding: T tokens of each sequence; the state is read once and written once."""
+    channels, h, sequence = tl.program_id(0) * BP + tl.arange(0, BP), tl.program_id(1), tl.program_id(2)
+    at, exist = state_at(initial, sequence, H, h, P, N, BP, BN, tl.program_id(0) * BP, 0)
+    S = tl.load(at, mask=exist, other=0.0)
+    n = tl.arange(0, BN)
+    for t in range(T):
+        token = sequence.to(tl.int64) * T + t
+        shared = (token * G + h // (H // G)) * N + n
+        value = (token * H + h) * P + channels
+        B_N = tl.load(B + shared, mask=n < N, other=0.0).to(tl.float32)
+        u_P = tl.load(x + value, mask=channels < P, other=0.0).to(tl.float32) * tl.load(dt + token * H + h)
+        S = S * tl.exp(tl.load(g + token * H + h)) + u_P[:, None] * B_N[None]
+        C_N = tl.load(C + shared, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(y + value, tl.sum(S * C_N[None], 1).to(y.dtype.element_ty), mask=channels < P)
+    at, exist = state_at(final, sequence, H, h, P, N, BP, BN, tl.program_id(0) * BP, 0)
+    tl.store(at, S, mask=exist)

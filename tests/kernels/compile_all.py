@@ -25,7 +25,7 @@ DELTA_DATA = {"q", "k", "v", "o", "do", "dv"}
 CONV_DATA = {"x", "y", "dy", "dx", "state", "weight", "bias", "final", "dfinal", "dstate"}
 SSD_DATA = {"x", "B", "C", "a", "b", "dx", "dy"}  # y is float32 or the data's, dy too
 KINDS = {"begins": "*i32", "ends": "*i32", "firsts": "*i32", "sequences": "*i32", "cu": "*i64", "dG": "*fp64"}
-KINDS |= {"HV": "i32", "H": "i32", "G": "i32", "C": "i32", "scale": "fp32"}
+KINDS |= {"T": "i32", "HV": "i32", "H": "i32", "G": "i32", "C": "i32", "scale": "fp32"}
 
 
 def usage(cubin: bytes) -> dict:
@@ -64,7 +64,9 @@ def gated_delta_rule_kernels(size: int, dtype: str, arch: int):
     common = {"K": size, "BK": BK, "C": C, "PRECISION": "tf32x3" if dtype == "float32" else "tf32"}
     values = {"V": size, "BV": BV}
     for name, kernel in vars(delta_kernels).items():
-        if name == "invert_kernel":
+        if name == "steps_kernel":
+            yield kernel, {"K": size, "V": size, "BK": size, "BV": 16}, 1, 3
+        elif name == "invert_kernel":
             yield kernel, {"P": delta.PART, "C": C}, 1, 3
         elif name.endswith("_kernel"):
             extra = values if "V" in kernel.arg_names else {}
@@ -85,7 +87,9 @@ def ssd_kernels_of(size: int, dtype: str, arch: int):
     }
     passed = {"SIZE": P * N, "BLOCK": ssd.PASSED, "L": ssd.CHUNK}
     for name, kernel in vars(ssd_kernels).items():
-        if name == "pass_kernel":
+        if name == "steps_kernel":
+            yield kernel, {"P": P, "N": N, "BP": 16, "BN": N}, 1, 3
+        elif name == "pass_kernel":
             yield kernel, passed | {"REVERSE": True}, 4, 3
         elif name.endswith("_kernel"):
             yield kernel, every | ({"READ": True} if "READ" in kernel.arg_names else {}), warps, stages

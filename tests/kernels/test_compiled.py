@@ -31,7 +31,7 @@ def test_kernels_compile_and_fit_into_shared_memory(archs, dtypes, sizes, record
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == (5 + 14 * len(sizes)) * len(archs) * len(dtypes)
+    assert len(rows) == (5 + 16 * len(sizes)) * len(archs) * len(dtypes)
     record_property("kernels", rows)
     too_large = [row for row in rows if row["shared_bytes"] > SHARED[row["arch"]]]
     assert too_large == []

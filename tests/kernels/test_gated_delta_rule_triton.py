@@ -113,16 +113,17 @@ def test_a_sequence_handed_over_in_two_pieces_equals_one(triton_device):
 
 def test_the_fused_gate_and_norm_are_what_a_caller_would_compute(triton_device):
     tensors = inputs(40, **SMALL)
-    tensors["A_log"], tensors["dt_bias"] = (torch.randn(2).double().requires_grad_() for _ in range(2))
-    tensors["g"] = torch.randn(1, 40, 2).double().requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    for name, shape in (("A_log", (2,)), ("dt_bias", (2,)), ("g", (1, 40, 2))):
+        tensors[name] = torch.randn(shape, generator=rng, dtype=torch.float64)
     truth = run(tensors, "reference", use_qk_l2norm=True)
     g = -tensors["A_log"].exp() * torch.nn.functional.softplus(tensors["g"] + tensors["dt_bias"])
     q, k = (torch.nn.functional.normalize(tensors[name] + 0, dim=-1) for name in ("q", "k"))
     o, _ = gated_delta_rule(q, k, tensors["v"], g, tensors["beta"], initial_state=tensors["initial_state"])
     torch.testing.assert_close(truth["o"], o, rtol=1e-5, atol=1e-5)  # 1e-6 is added under the root
     single = {name: x.detach().float() for name, x in tensors.items()}
-    got, plain = run(single, "triton", triton_device, use_qk_l2norm=True), run(single, "reference", use_qk_l2norm=True)
-    assert_within_twice(got, [plain], truth)
+    plain = [run(single, backend, use_qk_l2norm=True) for backend in ("reference", "torch")]
+    assert_within_twice(run(single, "triton", triton_device, use_qk_l2norm=True), plain, truth)
 
 
 def test_without_a_gate_it_is_the_delta_rule(triton_device):
@@ -130,6 +131,24 @@ def test_without_a_gate_it_is_the_delta_rule(triton_device):
     with_zeros, _ = gated_delta_rule(**tensors, backend="triton")
     without, _ = gated_delta_rule(**tensors | {"g": None}, backend="triton")
     assert torch.equal(with_zeros, without)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(("K", "V"), [(16, 32), (20, 12), pytest.param(128, 128, marks=slow)])
+def test_a_few_tokens_are_decoded_one_by_one(triton_device, T, K, V):
+    exact = {n: t.detach() for n, t in inputs(T, gate=-1.0, B=2, H=2, HV=4, K=K, V=V).items()}
+    results = [
+        gated_delta_rule(**{n: t.to(device, dtype) for n, t in exact.items()}, output_final_state=True, backend=backend)
+        for device, dtype, backend in (
+            ("cpu", torch.float64, "reference"), ("cpu", torch.float32, "reference"), (triton_device, torch.float32, "triton")
+        )
+    ]  # fmt: skip
+    truth, plain, got = (dict(zip(("o", "final_state"), found, strict=True)) for found in results)
+    assert_within_twice(got, [plain], truth)
+    on = {n: t.to(triton_device, torch.float32) for n, t in exact.items()}
+    with FlopCounterMode(display=False) as counter:
+        gated_delta_rule(**on, backend="triton")
+    assert counter.get_total_flops() == 2 * T * gated_delta_rule_flops(1, 4, K, V)
 
 
 def test_two_runs_are_equal_bit_for_bit(triton_device):

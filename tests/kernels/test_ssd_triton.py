@@ -115,6 +115,24 @@ def test_a_sequence_handed_over_in_pieces_equals_one(triton_device):
     torch.testing.assert_close(states, end, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(("P", "N"), [(16, 32), (20, 12), pytest.param(64, 128, marks=slow)])
+def test_a_few_tokens_are_decoded_one_by_one(triton_device, T, P, N):
+    exact = {n: t.detach() for n, t in inputs(T, decay=-1.0, batch=2, H=4, G=2, P=P, N=N).items()}
+    results = [
+        ssd(**{n: t.to(device, dtype) for n, t in exact.items()}, return_final_states=True, backend=backend)
+        for device, dtype, backend in (
+            ("cpu", torch.float64, "reference"), ("cpu", torch.float32, "reference"), (triton_device, torch.float32, "triton")
+        )
+    ]  # fmt: skip
+    truth, plain, got = (dict(zip(("y", "final_states"), found, strict=True)) for found in results)
+    assert_within_twice(got, [plain], truth)
+    on = {n: t.to(triton_device, torch.float32) for n, t in exact.items()}
+    with FlopCounterMode(display=False) as counter:
+        ssd(**on, backend="triton")
+    assert counter.get_total_flops() == 2 * T * ssd_flops(1, 4, 2, P, N)
+
+
 def test_two_runs_are_equal_bit_for_bit(triton_device):
     first, second = (run(in_single(inputs(70, **SMALL)), "triton", triton_device) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
