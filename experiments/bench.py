@@ -1,6 +1,7 @@
 """Training speed of our backbones beside the same models in transformers, in one run on this machine.
 
 python -m experiments.bench out=bench.json
+python -m experiments.bench kernels=recurrent      # the operations instead, see kernel_bench.py
 
 Both sides have the same shape and the same weights: ours is converted from theirs, and nothing is timed before the two
 give the same logits. A step is forward, cross-entropy, backward and AdamW. The sides take turns; medians are shown.
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from archs.pretrained import from_transformers
+from experiments import kernel_bench
 from experiments.harness.hardware import device_name
 
 
@@ -83,6 +85,10 @@ def race(shape: dict, precision: str, batch: int, length: int, rounds: int) -> d
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench")
 def main(config: DictConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if "kernels" in config:
+        return kernel_bench.bench(config.kernels)
     shapes = OmegaConf.to_container(config.shapes)
     if unknown := [name for name in config.models if name not in shapes]:
         sys.exit(f"error: no shape {unknown[0]!r}: choose from {', '.join(shapes)}")
@@ -91,8 +97,6 @@ def main(config: DictConfig) -> None:
     except ImportError:
         sys.exit("error: the models to run beside are in transformers: pip install -e '.[test]'")
     transformers.logging.set_verbosity_error()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     rows = []
     for name in config.models:
         for precision in config.precisions:

@@ -66,4 +66,4 @@ def causal_conv1d(
         y, state = run(x, weight, bias, initial_state)
     else:
         y, state = one_by_one(lambda x, before: run(x, weight, bias, before), [x], initial_state, cu_seqlens, like=x)
-    return F.silu(y) if activation else y, state
+    return (F.silu(y) if activation else y).to(x.dtype), state

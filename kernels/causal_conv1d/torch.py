@@ -6,10 +6,13 @@ from torch import Tensor
 
 
 def causal_conv1d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes as in `causal_conv1d`; without the activation."""
+    """Shapes as in `causal_conv1d`; without the activation. Half precision is computed in float32 on a CPU, where few have
+    arithmetic for it and the others are up to forty times slower."""
     padded = torch.cat([initial_state.to(x.dtype), x], dim=1)
-    y_BTC = _Depthwise.apply(padded, weight.to(x.dtype))
-    return y_BTC if bias is None else y_BTC + bias.to(x.dtype), padded[:, x.shape[1] :]
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        y_BTC = _Depthwise.apply(padded.to(dtype), weight.to(dtype))
+    return y_BTC if bias is None else y_BTC + bias.to(dtype), padded[:, x.shape[1] :]
 
 
 def _depthwise(x_BTC: Tensor, weight: Tensor) -> Tensor:
