@@ -57,3 +57,21 @@ def state_at(
     exist = (i < ROWS)[:, None] & (j < COLUMNS)[None]
     index = tl.full((), 0, tl.int64) + index  # a plain int in the interpreter
     return S + ((index * heads + head) * ROWS + i[:, None]) * COLUMNS + j[None], exist
+
+
+# Of the gradient of gate t of a chunk: what acts through e^{G_i - G_j} comes from the pairs j < t <= i, what acts through e^G
+# from the tokens from t on, and what acts through e^{G_last - G} from those before t. Summed like this nothing has to cancel.
+
+
+@triton.jit
+def through_pairs(pairs, C: tl.constexpr):
+    """[C, C] -> [C]."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None]
+    return tl.sum(tl.where(j < i, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
+
+
+@triton.jit
+def through_ends(from_start, to_last, C: tl.constexpr):
+    """[C], [C] -> [C]."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None]
+    return tl.sum(tl.where(i >= j, from_start[:, None], to_last[:, None]), 0)

@@ -9,18 +9,18 @@ from kernels.gated_delta_rule.torch import gated_delta_rule_flops
 from kernels.gated_delta_rule.triton import PART
 from kernels.sequences import chunks_of, takes_steps
 
-# Columns of V that a program holds, its warps and its pipeline stages, by the least compute capability that they are for
-# and the largest K. To add a GPU, add its rows: the tests compile every row for every architecture and check that its
-# shared memory suffices.
+# Columns of V that a program holds, its warps in the forward and in the backward pass, and the pipeline stages of the kernels
+# that go through a sequence, by the least compute capability that they are for and the largest K. To add a GPU, add its rows:
+# the tests compile every row for every architecture and check that its shared memory suffices.
 BLOCKS = {
-    (8, 0): {64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 8, 1)},
-    (9, 0): {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 8, 1)},
+    (8, 0): {64: (32, 4, 4, 2), 128: (32, 4, 8, 2), 256: (16, 8, 8, 1)},
+    (9, 0): {64: (64, 4, 4, 2), 128: (32, 4, 8, 2), 256: (16, 8, 8, 1)},
     # Triton 3.7 fails on these kernels in the tensor memory of Blackwell, which two warps do not use.
-    (10, 0): {64: (32, 2, 1), 128: (16, 2, 1), 256: (16, 8, 1)},
+    (10, 0): {64: (32, 2, 2, 1), 128: (16, 2, 2, 1), 256: (16, 8, 8, 1)},
 }
 
 
-def blocks_for(K: int, V: int, capability: tuple[int, int]) -> tuple[int, int, int, int]:
+def blocks_for(K: int, V: int, capability: tuple[int, int], backward: bool) -> tuple[int, int, int, int]:
     """(BK, BV, warps, stages) for heads of K and V dimensions.
 
     Raises:
@@ -29,8 +29,8 @@ def blocks_for(K: int, V: int, capability: tuple[int, int]) -> tuple[int, int, i
     if max(K, V) > 256:
         raise ValueError(f"heads of {K} and {V} dimensions: the Triton kernels take up to 256; choose backend='torch'")
     table = BLOCKS[max(c for c in BLOCKS if c <= max(capability, min(BLOCKS)))]
-    BV, warps, stages = table[min(size for size in table if size >= K)]
-    return max(16, _power_of_two(K)), min(BV, max(16, _power_of_two(V))), warps, stages
+    BV, *warps, stages = table[min(size for size in table if size >= K)]
+    return max(16, _power_of_two(K)), min(BV, max(16, _power_of_two(V))), warps[backward], stages
 
 
 def chunk_for(K: int, V: int) -> int:
@@ -45,20 +45,20 @@ def _power_of_two(n: int) -> int:
 class Launch:
     """Sizes and launchers of one call, for tensors [tokens, heads, D] that hold the packed sequences."""
 
-    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor):
+    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor, backward: bool = False):
         (self.tokens, self.H, self.K), (self.HV, self.V) = q.shape, v.shape[1:]
         self.C = chunk_for(self.K, self.V)
         self.begins, self.ends, _, self.firsts = chunks_of(cu_seqlens, self.tokens, self.C)
         self.chunks, self.sequences = len(self.begins), len(cu_seqlens) - 1
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-        self.BK, self.BV, self.warps, self.stages = blocks_for(self.K, self.V, capability)
+        self.BK, self.BV, self.warps, self.stages = blocks_for(self.K, self.V, capability, backward)
         self.precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
 
     def per_chunk(self, kernel, *arguments, V: bool = True) -> None:
         sizes = {"V": self.V, "BV": self.BV} if V else {}
         kernel[(self.chunks, self.HV)](
             *arguments, self.HV, self.H, K=self.K, BK=self.BK, C=self.C, PRECISION=self.precision, **sizes,
-            num_warps=self.warps, num_stages=self.stages,
+            num_warps=self.warps, num_stages=1,
         )  # fmt: skip
 
     def per_sequence(self, kernel, *arguments) -> None:
@@ -112,11 +112,10 @@ def backward(
     states: Tensor, do: Tensor, dfinal: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g, beta and the initial states; all in float32 but dv, in v's dtype."""
-    run = Launch(q, v, cu_seqlens)
+    run = Launch(q, v, cu_seqlens, backward=True)
     dnew, dw = torch.empty_like(new), torch.empty_like(w)
     dq, dk = (torch.empty_like(w) for _ in range(2))
     dv, dinitial = torch.empty_like(v), run.states(q, run.sequences)
-    dG = torch.empty(g.shape, dtype=torch.float64, device=g.device)
     dg, dbeta = (torch.empty(g.shape, dtype=torch.float32, device=g.device) for _ in range(2))
     dstates = torch.empty_like(states)
     where = run.begins, run.ends
@@ -125,9 +124,9 @@ def backward(
         kernels.state_gradients_kernel, q, k, g, w, do, dnew, dstates, dinitial, dfinal, *where, run.firsts, scale
     )
     run.per_chunk(
-        kernels.output_gradients_kernel, q, k, g, new, states, dstates, do, dnew, dq, dk, dw, dG, *where, scale
+        kernels.output_gradients_kernel, q, k, g, new, states, dstates, do, dnew, dq, dk, dw, dg, *where, scale
     )
-    run.per_chunk(kernels.write_gradients_kernel, k, v, g, beta, A, w, dw, dnew, dk, dv, dG, dg, dbeta, *where)
+    run.per_chunk(kernels.write_gradients_kernel, k, v, g, beta, A, w, dw, dnew, dk, dv, dg, dbeta, *where)
     dq, dk = (x.unflatten(1, (run.H, -1)).sum(2) for x in (dq, dk))
     return dq, dk, dv, dg, dbeta, dinitial
 

@@ -15,7 +15,7 @@ for bit.
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_between, gate_sums, last_of, product, put, state_at, tile
+from kernels.tiles import decay_between, gate_sums, last_of, product, put, state_at, through_ends, through_pairs, tile
 
 PART = 16  # rows of the blocks on the diagonal that are inverted row by row
 
@@ -193,10 +193,11 @@ def state_gradients_kernel(
 
 @triton.jit(do_not_specialize=["HV", "H", "scale"])
 def output_gradients_kernel(
-    q, k, g, new, states, dstates, do, dnew, dq, dk, dw, dG, begins, ends, scale, HV, H, K: tl.constexpr,
+    q, k, g, new, states, dstates, do, dnew, dq, dk, dw, dg, begins, ends, scale, HV, H, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of the outputs and the hand-over of the state: dq, dk and dw of a value head, and the gradient of G [tokens, HV] in float64."""
+    """Of the outputs and the hand-over of the state: dq, dk and dw of a value head, and their part of dg
+    [tokens, HV]."""
     chunk, hv = tl.program_id(0), tl.program_id(1)
     rows = tl.load(begins + chunk) + tl.arange(0, C)
     inside = rows < tl.load(ends + chunk)
@@ -225,25 +226,19 @@ def output_gradients_kernel(
     dP *= decay_between(G, False, C) * scale
     dq_CK *= (tl.exp(G.to(tl.float32)) * scale)[:, None]
     dk_CK *= tl.exp((G_last - G).to(tl.float32))[:, None]
-    # What one G_i gets another loses: in float64 it cancels where both come to the same g.
-    to_end = tl.sum(k_CK * dk_CK, 1).to(tl.float64)
-    M = (dP * product(q_CK, tl.trans(k_CK), PRECISION)).to(tl.float64)
-    dG_C = tl.sum(q_CK * dq_CK, 1).to(tl.float64) - to_end + tl.sum(M, 1) - tl.sum(M, 0)
-    dG_last = tl.sum(to_end, 0) + (kept * tl.exp(G_last.to(tl.float32))).to(tl.float64)
-    # G stays after the last token, so what G_last gets belongs to that token.
-    count = tl.sum(inside.to(tl.int32), 0)
-    dG_C += tl.where(tl.arange(0, C) == count - 1, dG_last, 0.0)
-    tl.store(dG + rows.to(tl.int64) * HV + hv, dG_C, mask=inside)
+    dg_C = through_pairs(dP * product(q_CK, tl.trans(k_CK), PRECISION), C)
+    dg_C += through_ends(tl.sum(q_CK * dq_CK, 1), tl.sum(k_CK * dk_CK, 1), C) + kept * tl.exp(G_last.to(tl.float32))
+    tl.store(dg + rows.to(tl.int64) * HV + hv, dg_C, mask=inside)
     put(dq, dq_CK + product(dP, k_CK, PRECISION), rows, inside, HV, hv, K, BK, 0)
     put(dk, dk_CK + product(tl.trans(dP), q_CK, PRECISION), rows, inside, HV, hv, K, BK, 0)
 
 
 @triton.jit(do_not_specialize=["HV", "H"])
 def write_gradients_kernel(
-    k, v, g, beta, A, w, dw, dnew, dk, dv, dG, dg, dbeta, begins, ends, HV, H, K: tl.constexpr, V: tl.constexpr,
+    k, v, g, beta, A, w, dw, dnew, dk, dv, dg, dbeta, begins, ends, HV, H, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Through u and w, and through T: dv, dbeta, the rest of dk, and dg from the gradient of G."""
+    """Through u and w, and through T: dv, dbeta, the rest of dk and of dg."""
     chunk, hv = tl.program_id(0), tl.program_id(1)
     rows = tl.load(begins + chunk) + tl.arange(0, C)
     inside = rows < tl.load(ends + chunk)
@@ -258,7 +253,7 @@ def write_gradients_kernel(
     through_w = tl.sum(k_CK * dX_CK, 1) * growth
     dk_CK = tile(dk, rows, inside, HV, hv, K, BK, 0) + dX_CK * (b_C * growth)[:, None]
     db_C = through_w
-    dG_C = tl.load(dG + gate, mask=inside, other=0.0) + (b_C * through_w).to(tl.float64)
+    dg_C = tl.load(dg + gate, mask=inside, other=0.0) + through_ends(b_C * through_w, tl.zeros_like(through_w), C)
     for first in range(0, V, BV):
         v_CV = tile(v, rows, inside, HV, hv, V, BV, first)
         dX_CV = product(tl.trans(T), tile(dnew, rows, inside, HV, hv, V, BV, first), PRECISION)
@@ -271,14 +266,11 @@ def write_gradients_kernel(
     Z = -dA * decay_between(G, True, C)
     db_C += tl.sum(Z * kk, 1)
     Z *= b_C[:, None]
-    M = (Z * kk).to(tl.float64)
-    dG_C += tl.sum(M, 1) - tl.sum(M, 0)
+    dg_C += through_pairs(Z * kk, C)
     dk_CK += product(Z, k_CK, PRECISION) + product(tl.trans(Z), k_CK, PRECISION)
     put(dk, dk_CK, rows, inside, HV, hv, K, BK, 0)
     tl.store(dbeta + gate, db_C.to(dbeta.dtype.element_ty), mask=inside)
-    dG_C = tl.where(inside, dG_C, 0.0)  # g_i is in every G from i on
-    dg_C = tl.sum(dG_C, 0) - tl.cumsum(dG_C, 0) + dG_C
-    tl.store(dg + gate, dg_C.to(dg.dtype.element_ty), mask=inside)
+    tl.store(dg + gate, dg_C, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "HV", "H", "scale"])

@@ -13,7 +13,7 @@ float64. Nothing is added atomically, so two runs are equal bit for bit.
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_between, gate_sums, last_of, product, put, state_at, tile
+from kernels.tiles import decay_between, gate_sums, last_of, product, put, state_at, through_ends, through_pairs, tile
 
 
 @triton.jit
@@ -135,10 +135,7 @@ def keys_gradient_kernel(
     x, dt, g, B, C, states, dstates, dy, dg, dB, dC, begins, ends, H, G, P: tl.constexpr, N: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC of each head [tokens, H, N], and dg [tokens, H].
-
-    Of a gate g_t: what acts through e^G comes from the tokens from t on, what acts through R from those before t, and what
-    acts through D_ij from the pairs j < t <= i. Summed like this nothing has to cancel."""
+    """dB and dC of each head [tokens, H, N], and dg [tokens, H]."""
     chunk, h = tl.program_id(0), tl.program_id(1)
     rows = tl.load(begins + chunk) + tl.arange(0, L)
     inside = rows < tl.load(ends + chunk)
@@ -151,8 +148,7 @@ def keys_gradient_kernel(
         dM += product(tile(dy, rows, inside, H, h, P, BP, p), tl.trans(u_LP), PRECISION)
     dM *= decay_between(sums, False, L)
     pairs = dM * scores(B, C, rows, inside, G, group, N, BN, L, PRECISION)
-    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None]
-    spanning = tl.sum(tl.where(j < i, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
+    dg_L = through_pairs(pairs, L)  # here, so that the pairs need not be kept
 
     G_last = last_of(sums, L)
     growth = tl.exp(sums.to(tl.float32))
@@ -179,8 +175,7 @@ def keys_gradient_kernel(
         dB_LN *= to_end[:, None]
         to_last += tl.sum(b_LN * dB_LN, 1)
         put(dB, dB_LN + product(tl.trans(dM), c_LN, PRECISION), rows, inside, H, h, N, BN, n)
-    dg_L = tl.sum(tl.where(i >= j, from_start[:, None], to_last[:, None]), 0)
-    dg_L += spanning + whole * tl.exp(G_last.to(tl.float32))
+    dg_L += through_ends(from_start, to_last, L) + whole * tl.exp(G_last.to(tl.float32))
     tl.store(dg + rows.to(tl.int64) * H + h, dg_L, mask=inside)
 
 

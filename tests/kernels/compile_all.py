@@ -24,7 +24,7 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 DELTA_DATA = {"q", "k", "v", "o", "do", "dv"}
 CONV_DATA = {"x", "y", "dy", "dx", "state", "weight", "bias", "final", "dfinal", "dstate"}
 SSD_DATA = {"x", "B", "C", "a", "b", "dx", "dy"}  # y is float32 or the data's, dy too
-KINDS = {"begins": "*i32", "ends": "*i32", "firsts": "*i32", "sequences": "*i32", "cu": "*i64", "dG": "*fp64"}
+KINDS = {"begins": "*i32", "ends": "*i32", "firsts": "*i32", "sequences": "*i32", "cu": "*i64"}
 KINDS |= {"T": "i32", "HV": "i32", "H": "i32", "G": "i32", "C": "i32", "scale": "fp32"}
 
 
@@ -59,7 +59,8 @@ def compile_one(kernel, data: set, constants: dict, dtype: str, arch: int, warps
 
 def gated_delta_rule_kernels(size: int, dtype: str, arch: int):
     """Kernel, constants, warps and stages of a call with heads of this size, as the operator would launch it."""
-    BK, BV, warps, stages = delta.blocks_for(size, size, (arch // 10, arch % 10))
+    blocks = [delta.blocks_for(size, size, (arch // 10, arch % 10), backward) for backward in (False, True)]
+    BK, BV = blocks[0][:2]
     C = delta.chunk_for(size, size)
     common = {"K": size, "BK": BK, "C": C, "PRECISION": "tf32x3" if dtype == "float32" else "tf32"}
     values = {"V": size, "BV": BV}
@@ -70,7 +71,8 @@ def gated_delta_rule_kernels(size: int, dtype: str, arch: int):
             yield kernel, {"P": delta.PART, "C": C}, 1, 3
         elif name.endswith("_kernel"):
             extra = values if "V" in kernel.arg_names else {}
-            yield kernel, common | extra, warps, stages
+            warps, stages = blocks["gradient" in name][2:]
+            yield kernel, common | extra, warps, stages if "firsts" in kernel.arg_names else 1
 
 
 def ssd_kernels_of(size: int, dtype: str, arch: int):
