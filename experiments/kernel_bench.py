@@ -26,22 +26,16 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments.harness.hardware import device_name
-from kernels import causal_conv1d, gated_delta_rule, ssd
 from kernels.causal_conv1d.torch import causal_conv1d_flops
 from kernels.gated_delta_rule.torch import gated_delta_rule_flops
 from kernels.ssd.torch import ssd_flops
-
-WRONG = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the root mean square, at most
-KEPT = ("g", "beta", "dt", "A", "initial_state", "initial_states")  # what models keep in float32
-CHECKED = 130  # tokens
+from kernels.trial import INPUTS, TOKENS, WRONG, error_of, leaves, on_backend
 
 
 class Operation(NamedTuple):
-    """inputs: random leaves in float64 for (tokens, shape). ours: by backend. peers: functions of the same inputs by library,
-    {} where none is installed. flops, bytes: of a forward pass, and the least that it has to move."""
+    """peers: functions of the same inputs by library, of those installed, for a device and whether to decode. flops: of a
+    forward pass over (tokens, shape)."""
 
-    inputs: Callable[[int, dict], dict[str, Tensor]]
-    ours: Callable[[str], Callable[..., Tensor]]
     peers: Callable[[str, bool], dict[str, Callable[..., Tensor]]]
     flops: Callable[[int, dict], int]
 
@@ -62,14 +56,6 @@ def present(sides: dict) -> dict:
     return {name: side for name, side in sides.items() if side is not None}
 
 
-def delta_inputs(T: int, shape: dict) -> dict[str, Tensor]:
-    B, H, HV, D = shape["batch"], shape.get("key_heads", shape["heads"]), shape["heads"], shape["head_dim"]
-    q, k = (F.normalize(torch.randn(B, T, H, D, dtype=torch.float64), dim=-1) for _ in range(2))
-    v, rate = torch.randn(B, T, HV, D, dtype=torch.float64), torch.rand(2, B, T, HV, dtype=torch.float64)
-    inputs = {"q": q, "k": k, "v": v, "g": -rate[0], "beta": rate[1]}
-    return inputs | ({"initial_state": torch.randn(B, HV, D, D, dtype=torch.float64)} if T == 1 else {})
-
-
 def delta_peers(device: str, decode: bool) -> dict:
     name = "fused_recurrent_gated_delta_rule" if decode else "chunk_gated_delta_rule"
     theirs = "torch_recurrent_gated_delta_rule" if decode else "torch_chunk_gated_delta_rule"
@@ -88,20 +74,6 @@ def delta_peers(device: str, decode: bool) -> dict:
 
     sides = {"flash-linear-attention": fla and partial(run, fla), "transformers": hf and partial(run, hf)}
     return present(sides | {"attention": None if decode else attention})
-
-
-def ssd_inputs(T: int, shape: dict) -> dict[str, Tensor]:
-    B, H, P, G, N = (shape[name] for name in ("batch", "heads", "head_dim", "groups", "state_size"))
-    normal = partial(torch.randn, dtype=torch.float64)
-    inputs = {
-        "x": normal(B, T, H, P),
-        "dt": torch.rand(B, T, H, dtype=torch.float64),
-        "A": -torch.rand(H, dtype=torch.float64),
-        "B": normal(B, T, G, N) * N**-0.5,
-        "C": normal(B, T, G, N),
-        "D": normal(H),
-    }
-    return inputs | ({"initial_states": normal(B, H, P, N)} if T == 1 else {})
 
 
 def ssd_peers(device: str, decode: bool) -> dict:
@@ -131,12 +103,6 @@ def ssd_peers(device: str, decode: bool) -> dict:
     return present(sides)
 
 
-def conv_inputs(T: int, shape: dict) -> dict[str, Tensor]:
-    B, C = shape["batch"], shape["channels"]
-    shapes = {"x": (B, T, C), "weight": (C, 4), "bias": (C,)} | ({"initial_state": (B, 3, C)} if T == 1 else {})
-    return {name: torch.randn(size, dtype=torch.float64) for name, size in shapes.items()}
-
-
 def conv_peers(device: str, decode: bool) -> dict:
     if decode:
         return {}
@@ -148,54 +114,24 @@ def conv_peers(device: str, decode: bool) -> dict:
 
 OPERATIONS = {
     "gated_delta_rule": Operation(
-        delta_inputs,
-        lambda backend: lambda **x: gated_delta_rule(**x, backend=backend)[0],
         delta_peers,
         lambda T, s: s["batch"] * gated_delta_rule_flops(T, s["heads"], s["head_dim"], s["head_dim"]),
     ),
     "ssd": Operation(
-        ssd_inputs,
-        lambda backend: lambda **x: ssd(**x, backend=backend)[0],
         ssd_peers,
         lambda T, s: s["batch"] * ssd_flops(T, s["heads"], s["groups"], s["head_dim"], s["state_size"]),
     ),
     "causal_conv1d": Operation(
-        conv_inputs,
-        lambda backend: lambda **x: causal_conv1d(**x, backend=backend)[0],
         conv_peers,
         lambda T, s: s["batch"] * causal_conv1d_flops(T, s["channels"], 4),
     ),
 }
 
 
-def leaves(inputs: dict[str, Tensor], device: str, dtype: torch.dtype, gradients: bool) -> dict[str, Tensor]:
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = {name: x.to(device, exact if name in KEPT else dtype) for name, x in inputs.items()}
-    return {name: x.detach().requires_grad_(gradients) for name, x in tensors.items()}
-
-
-def outcome(side: Callable, inputs: dict[str, Tensor], gradients: bool) -> list[Tensor]:
-    """What a side gives in float64 on the CPU: its output, and the gradients of a fixed projection of it."""
-    o = side(**inputs)
-    found = [o]
-    if gradients:
-        weight = torch.cos(torch.arange(o.numel(), device=o.device, dtype=torch.float64)).view(o.shape).to(o.dtype)
-        found += torch.autograd.grad(o, list(inputs.values()), weight)
-    return [x.detach().cpu().double() for x in found]
-
-
-def error_of(side: Callable, op: Operation, T: int, shape: dict, device: str, dtype: torch.dtype, mode: str) -> float:
-    """The largest error, over output and gradients, as a part of the root of the mean square. (Inputs are rounded to `dtype`
-    before the truth is computed, so only what the side itself does is seen.)"""
-    torch.manual_seed(0)
-    both = mode == "forward+backward"
-    low = leaves(op.inputs(T, shape), device, dtype, both)
-    truth = outcome(op.ours("reference"), leaves(low, "cpu", torch.float64, both), both)
-    with torch.set_grad_enabled(both):
-        got = outcome(side, low, both)
-    return max(
-        ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item() for a, b in zip(got, truth, strict=True)
-    )
+def random_inputs(name: str, T: int, shape: dict, decode: bool) -> dict[str, Tensor]:
+    """Decoding goes on from a state; the rest starts without one, as training does."""
+    inputs = INPUTS[name](T, **shape)
+    return {key: x for key, x in inputs.items() if decode or not key.startswith("initial")}
 
 
 def runner(side: Callable, inputs: list[dict[str, Tensor]], mode: str) -> Callable[[], None]:
@@ -262,23 +198,25 @@ def race(
     name: str, mode: str, shape: dict, dtype: torch.dtype, config: DictConfig, device: str, peaks: dict
 ) -> list[dict]:
     """A row a side, ours first."""
-    op, T, decode = OPERATIONS[name], 1 if mode == "decode" else shape["length"], mode == "decode"
+    op, decode, both = OPERATIONS[name], mode == "decode", mode == "forward+backward"
+    T, sizes = shape.get("length", 1), {key: value for key, value in shape.items() if key != "length"}
     backends = list(config.backends or ({"cuda": ["triton", "torch"]}.get(device, ["torch"])))
     if decode and device == "cpu" and config.backends is None:
         backends = ["auto"]
     if T <= config.naive_up_to and not decode:
         backends.append("reference")
-    sides = {f"ours, {backend}": op.ours(backend) for backend in backends} | op.peers(device, decode)
+    sides = {f"ours, {backend}": on_backend(name, backend) for backend in backends} | op.peers(device, decode)
     row = {"operation": name, "mode": mode} | {"shape": " ".join(f"{k}={v}" for k, v in shape.items())}
     row["dtype"] = named(dtype)
     peak = peaks[named(dtype) if device == "cuda" else "float32"]
     rows, runs = [], {}
     torch.manual_seed(1)
-    inputs = [leaves(op.inputs(T, shape), device, dtype, mode == "forward+backward") for _ in range(config.rotate)]
+    checked = random_inputs(name, min(T, TOKENS), sizes, decode)
+    inputs = [leaves(random_inputs(name, T, sizes, decode), device, dtype, both) for _ in range(config.rotate)]
     for side, call in sides.items():
         error = None
         if side != "attention":  # which computes something else, and is there for its time alone
-            error = error_of(call, op, min(T, CHECKED), shape, device, dtype, mode)
+            error = error_of(call, name, checked, device, dtype, both)
         rows.append(row | {"side": side, "error": error, "ms": None})
         if error is None or error <= WRONG[dtype]:
             runs[side] = runner(call, inputs, mode)

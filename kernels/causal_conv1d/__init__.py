@@ -54,7 +54,7 @@ def causal_conv1d(
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(N, window, C)}")
     if activation not in ("silu", None):
         raise ValueError(f"unknown activation {activation!r} for causal_conv1d: choose 'silu' or None")
-    backend = choose("causal_conv1d", backend, [*BACKENDS, "triton"], "torch", x)
+    backend = choose("causal_conv1d", backend, [*BACKENDS, "triton"], "torch", x, channels=8, taps=window + 1)
     if initial_state is None:
         initial_state = x.new_zeros(N, window, C)
     if backend == "triton":

@@ -78,7 +78,8 @@ def gated_delta_rule(
     if initial_state is not None and initial_state.shape != (N, HV, K, V):
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, it must be {(N, HV, K, V)}")
     # A chunk of one token is the recurrence in more steps.
-    backend = choose("gated_delta_rule", backend, [*BACKENDS, "triton"], "torch" if T > 1 else "reference", q)
+    fastest, sizes = "torch" if T > 1 else "reference", {"key_heads": 1, "heads": 2, "head_dim": K, "value_dim": V}
+    backend = choose("gated_delta_rule", backend, [*BACKENDS, "triton"], fastest, v, **sizes)
 
     if A_log is not None:
         dtype = promote_types(g.dtype, float32)

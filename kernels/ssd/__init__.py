@@ -86,7 +86,8 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1 token")
     # A chunk of one token is the recurrence in more steps.
-    backend = choose("ssd", backend, [*BACKENDS, "triton", "mamba_ssm"], "torch" if T > 1 else "reference", x)
+    fastest, sizes = "torch" if T > 1 else "reference", {"heads": 2, "groups": 1, "head_dim": P, "state_size": N}
+    backend = choose("ssd", backend, [*BACKENDS, "triton", "mamba_ssm"], fastest, x, **sizes)
     if backend == "mamba_ssm":
         if dt is None or A.dim() > 1 or cu_seqlens is not None:
             raise ValueError("backend 'mamba_ssm' of ssd takes a dt, A [H] and no cu_seqlens: choose another backend")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import causal_conv1d
 from kernels.ssd import ssd
 from kernels.ssd.torch import CHUNK, ssd_flops
 
@@ -226,3 +227,25 @@ def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
         torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="takes a dt, A .H. and no cu_seqlens"):
         ssd(**tensors | {"dt": None}, backend="mamba_ssm")
+
+
+@pytest.mark.slow  # half a minute of compilation
+def test_it_and_the_short_convolution_compile_without_a_break():
+    shapes = {
+        "x": (1, 100, 16),
+        "weight": (16, 4),
+        "dt": (1, 100, 2),
+        "A": (2,),
+        "B": (1, 100, 1, 8),
+        "C": (1, 100, 1, 8),
+    }
+    leaves = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+
+    def loss(x, weight, dt, A, B, C):
+        mixed, state = causal_conv1d(x, weight)
+        y, states = ssd(mixed.unflatten(-1, (2, -1)), dt, -A.exp(), B, C, dt_softplus=True, return_final_states=True)
+        return y.square().sum() + states.sum() + state.sum()
+
+    results = [torch.autograd.grad(f(**leaves), leaves.values()) for f in (loss, torch.compile(loss, fullgraph=True))]
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
