@@ -26,9 +26,10 @@ def forward(
     per_chunk, per_sequence, where, window = _grids(x, weight, cu_seqlens)
     y, final, C, W = torch.empty_like(x), torch.empty_like(initial_state), x.shape[1], weight.shape[1]
     options = {"W": W, "BIAS": bias is not None, "SILU": silu}
-    kernels.forward_kernel[per_chunk](x, initial_state, weight, bias, y, *where, cu_seqlens, C, **options, **BLOCK)
-    if W > 1:
-        kernels.final_kernel[per_sequence](x, initial_state, final, cu_seqlens, C, **window)
+    with torch.cuda.device_of(x):
+        kernels.forward_kernel[per_chunk](x, initial_state, weight, bias, y, *where, cu_seqlens, C, **options, **BLOCK)
+        if W > 1:
+            kernels.final_kernel[per_sequence](x, initial_state, final, cu_seqlens, C, **window)
     return y, final
 
 

@@ -93,7 +93,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k [tokens, H, K], v [tokens, HV, V], g, beta [tokens, HV], initial_state [sequences, HV, K, V] -> o, the final
     states, and what the backward pass needs: T, w, v' and the state before each chunk."""
-    return _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale)
+    with torch.cuda.device_of(q):
+        return _forward(q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
 @forward.register_fake
@@ -168,9 +169,11 @@ def steps(
     """Shapes as in `gated_delta_rule`, token by token, without gradients -> o and the final state."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     o, final, BV = torch.empty_like(v), torch.empty_like(initial_state), min(16, _power_of_two(V))
-    kernels.steps_kernel[(-(-V // BV), HV, B)](
-        q, k, v, g, beta, initial_state, o, final, T, HV, H, scale, K=K, V=V, BK=_power_of_two(K), BV=BV, num_warps=1
-    )
+    sizes = {"K": K, "V": V, "BK": _power_of_two(K), "BV": BV}
+    with torch.cuda.device_of(q):
+        kernels.steps_kernel[(-(-V // BV), HV, B)](
+            q, k, v, g, beta, initial_state, o, final, T, HV, H, scale, **sizes, num_warps=1
+        )
     return o, final
 
 

@@ -59,9 +59,10 @@ def forward(
     run = Launch(x, B, cu_seqlens)
     y = torch.empty_like(x, dtype=torch.float32 if single else x.dtype)
     final, states = torch.empty_like(initial_states), run.states(x)
-    run.per_chunk(kernels.outer_kernel, x, B, dt, g, states, READ=False)
-    run.hand_over(g, states, initial_states, final, reverse=False)
-    run.per_chunk(kernels.outputs_kernel, x, dt, g, B, C, states, y)
+    with torch.cuda.device_of(x):
+        run.per_chunk(kernels.outer_kernel, x, B, dt, g, states, READ=False)
+        run.hand_over(g, states, initial_states, final, reverse=False)
+        run.per_chunk(kernels.outputs_kernel, x, dt, g, B, C, states, y)
     return y, final, states
 
 
@@ -125,9 +126,11 @@ def steps(
     (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
     y, final = torch.empty_like(x, dtype=torch.float32 if single else x.dtype), torch.empty_like(initial_states)
     BP = min(16, triton.next_power_of_2(P))
-    kernels.steps_kernel[(-(-P // BP), H, batch)](
-        x, dt, g, B, C, initial_states, y, final, T, H, G, P=P, N=N, BP=BP, BN=triton.next_power_of_2(N), num_warps=1
-    )
+    sizes = {"P": P, "N": N, "BP": BP, "BN": triton.next_power_of_2(N)}
+    with torch.cuda.device_of(x):
+        kernels.steps_kernel[(-(-P // BP), H, batch)](
+            x, dt, g, B, C, initial_states, y, final, T, H, G, **sizes, num_warps=1
+        )
     return y, final
 
 
