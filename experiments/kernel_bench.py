@@ -8,6 +8,7 @@ sides take turns on inputs that rotate; on a GPU each runs as a CUDA graph. Medi
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import statistics
@@ -30,6 +31,8 @@ from kernels.causal_conv1d.torch import causal_conv1d_flops
 from kernels.gated_delta_rule.torch import gated_delta_rule_flops
 from kernels.ssd.torch import ssd_flops
 from kernels.trial import INPUTS, TOKENS, WRONG, error_of, leaves, on_backend
+
+ATTENTION = "attention (another function)"  # there for its time alone
 
 
 class Operation(NamedTuple):
@@ -73,7 +76,7 @@ def delta_peers(device: str, decode: bool) -> dict:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     sides = {"flash-linear-attention": fla and partial(run, fla), "transformers": hf and partial(run, hf)}
-    return present(sides | {"attention": None if decode else attention})
+    return present(sides | {ATTENTION: None if decode else attention})
 
 
 def ssd_peers(device: str, decode: bool) -> dict:
@@ -214,18 +217,22 @@ def race(
     checked = random_inputs(name, min(T, TOKENS), sizes, decode)
     inputs = [leaves(random_inputs(name, T, sizes, decode), device, dtype, both) for _ in range(config.rotate)]
     for side, call in sides.items():
-        error = None
-        if side != "attention":  # which computes something else, and is there for its time alone
-            error = error_of(call, name, checked, device, dtype, both)
-        rows.append(row | {"side": side, "error": error, "ms": None})
-        if error is None or error <= WRONG[dtype]:
-            runs[side] = runner(call, inputs, mode)
-            runs[side] = graphed(runs[side]) if device == "cuda" else runs[side]
+        rows.append(row | {"side": side, "error": None, "ms": None})
+        try:
+            if side != ATTENTION:
+                rows[-1]["error"] = error_of(call, name, checked, device, dtype, both)
+            if side == ATTENTION or rows[-1]["error"] <= WRONG[dtype]:
+                run = runner(call, inputs, mode)
+                run()
+                runs[side] = graphed(run) if device == "cuda" else run
+        except Exception as failure:  # of another's kernels, for one: the others go on
+            rows[-1]["side"] = f"{side}: {type(failure).__name__}"
+            print(f"{side} failed on {rows[-1]}: {failure}", file=sys.stderr)
     taken = {side: [] for side in runs}
-    for i in range(config.rounds + 1):
+    for _ in range(config.rounds):
         for side, run in runs.items():
             taken[side].append(seconds(run, device) / config.rotate)
-    medians = {side: statistics.median(times[1:]) for side, times in taken.items()}
+    medians = {side: statistics.median(times) for side, times in taken.items()}
     ours = medians.get(next(iter(sides)))
     moved = sum(x.nbytes for x in inputs[0].values()) + sum(
         x.nbytes for n, x in inputs[0].items() if n.startswith("initial")
@@ -235,7 +242,7 @@ def race(
         if r["side"] in medians:
             t = medians[r["side"]]
             r |= {"ms": t * 1e3, "to ours": None if ours is None else t / ours}
-            if r["side"] != "attention":
+            if r["side"] != ATTENTION:
                 r |= {"TFLOP/s": flops / t / 1e12, "of matmul": flops / t / 1e12 / peak}
                 r |= {"of copy": moved / t / 1e9 / peaks["copy GB/s"]}
     return rows
@@ -244,34 +251,51 @@ def race(
 def table(rows: pd.DataFrame) -> str:
     """Markdown."""
     cells = rows.copy()
-    cells["ms"] = [f"{x:.3g}" if x == x else "wrong, not timed" for x in rows["ms"]]
-    cells["error"] = [f"{x:.1e}" if x == x else "another function" for x in rows["error"]]
-    cells["to ours"] = [f"{x:.2f}" if x == x else "" for x in rows["to ours"]]
-    cells["TFLOP/s"] = [f"{x:.3g}" if x == x else "" for x in rows["TFLOP/s"]]
-    for column in ("of matmul", "of copy"):
-        cells[column] = [f"{x:.0%}" if x == x else "" for x in rows[column]]
+    shown = {
+        "error": "{:.1e}",
+        "ms": "{:.3g}",
+        "to ours": "{:.2f}",
+        "TFLOP/s": "{:.3g}",
+        "of matmul": "{:.0%}",
+        "of copy": "{:.0%}",
+    }
+    for column, form in shown.items():
+        cells[column] = [form.format(x) if x == x else "" for x in rows[column]]
+    cells["ms"] = cells["ms"].mask(rows["ms"].isna(), "not timed")
     lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+NUMBERS = ["error", "ms", "to ours", "TFLOP/s", "of matmul", "of copy"]
+
+
+def report(rows: list[dict], where: dict, out: str | None) -> str:
+    """The rows so far in Markdown; written to <out>.md, and to <out>.json with the machine, unless out is None."""
+    frame = pd.DataFrame(rows, columns=["operation", "mode", "shape", "dtype", "side", *NUMBERS])
+    frame[NUMBERS] = frame[NUMBERS].astype(float)
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    ceilings = ", ".join(f"{name} {value:.3g}" for name, value in where["ceilings"].items())
+    text = f"""{where["device"]}, Python {where["python"]}, {versions}, {where["date"]}. `{where["command"]}`
+
+Measured here: TFLOP/s of matrix products and copy: {ceilings}.
+
+error: root mean square against the recurrence in float64, of output or gradient, whichever is worse; a side that errs more than
+rounding can is not timed. to ours: time as a multiple of ours (first line of a group). of matmul, of copy: share of those
+ceilings, by the operation's own count of FLOPs (a backward pass as two forward ones) and by the bytes of its inputs and of the
+state it writes.
+
+{table(frame)}"""
+    if out is not None:
+        Path(f"{out}.md").write_text(text)
+        found = where | {"rows": json.loads(frame.to_json(orient="records"))}
+        Path(f"{out}.json").write_text(json.dumps(found, indent=1) + "\n")
+    return text
+
+
 def bench(config: DictConfig) -> None:
-    """Races everything that the config names for the device that is here; prints, and writes <out>.md and <out>.json."""
+    """Races everything that the config names for the device that is here; prints, and writes after every race."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [getattr(torch, name) for name in config.dtypes]
-    peaks = ceilings(device, dtypes)
-    rows = []
-    for race_ in config.races[device]:
-        shape = {k: v for k, v in race_.items() if k not in ("operation", "modes", "lengths")}
-        for length in race_.get("lengths", [1]):
-            for mode in race_.modes:
-                sized = shape if mode == "decode" else shape | {"length": length}
-                for dtype in dtypes:
-                    rows += race(race_.operation, mode, sized, dtype, config, device, peaks)
-                    print(
-                        f"{rows[-1]['operation']} {mode} {rows[-1]['shape']} {rows[-1]['dtype']}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
     packages = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm", "causal-conv1d")
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     where = {
@@ -282,24 +306,14 @@ def bench(config: DictConfig) -> None:
         "date": date.today().isoformat(),
         "command": "python -m experiments.bench " + " ".join(sys.argv[1:]),
         "rounds": config.rounds,
-        "ceilings": peaks,
+        "ceilings": ceilings(device, dtypes),
     }
-    numbers = ["error", "ms", "to ours", "TFLOP/s", "of matmul", "of copy"]
-    frame = pd.DataFrame(rows, columns=["operation", "mode", "shape", "dtype", "side", *numbers])
-    frame[numbers] = frame[numbers].astype(float)
-    said = ", ".join(f"{k} {v:.3g}" for k, v in peaks.items())
-    head = (
-        f"{where['device']}, Python {where['python']}, "
-        + ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-        + f", {where['date']}. `{where['command']}`\n\nMeasured here: TFLOP/s of matrix products and copy: {said}.\n\n"
-        "error: root mean square against the recurrence in float64, of output or gradient, whichever is worse. to ours: time as a\n"
-        "multiple of ours (first line of a group). of matmul, of copy: share of those ceilings, by the operation's own count of\n"
-        "FLOPs (a backward pass as two forward ones) and by the bytes of its inputs and of the state it writes.\n\n"
-    )
-    text = head + table(frame)
+    rows, text = [], ""
+    for race_ in config.races[device]:
+        shape = {k: v for k, v in race_.items() if k not in ("operation", "modes", "lengths")}
+        for length, mode, dtype in itertools.product(race_.get("lengths", [1]), race_.modes, dtypes):
+            sized = shape if mode == "decode" else shape | {"length": length}
+            print(f"{race_.operation} {mode} {sized} {named(dtype)}", file=sys.stderr, flush=True)
+            rows += race(race_.operation, mode, sized, dtype, config, device, where["ceilings"])
+            text = report(rows, where, config.out)
     print(text)
-    if config.out is not None:
-        Path(f"{config.out}.md").write_text(text)
-        Path(f"{config.out}.json").write_text(
-            json.dumps(where | {"rows": json.loads(frame.to_json(orient="records"))}, indent=1) + "\n"
-        )

@@ -48,7 +48,7 @@ def test_every_operation_and_mode_is_checked_timed_and_written_down(tmp_path):
         ("ssd", "forward"), ("ssd", "forward+backward"), ("ssd", "decode"), ("causal_conv1d", "forward+backward"),
     }  # fmt: skip
     for row in rows:
-        assert row["ms"] > 0 and (row["side"] == "attention" or row["error"] < 1e-5), row
+        assert row["ms"] > 0 and (row["side"] == kernel_bench.ATTENTION or row["error"] < 1e-5), row
         first = next(r for r in rows if (r["operation"], r["mode"]) == (row["operation"], row["mode"]))
         assert first["side"] == "ours, torch" and row["to ours"] == pytest.approx(row["ms"] / first["ms"])
     assert {"ours, triton", "ours, reference", "transformers"} <= {row["side"] for row in rows}
@@ -56,17 +56,19 @@ def test_every_operation_and_mode_is_checked_timed_and_written_down(tmp_path):
     assert text.count("\n| ") == len(rows) + 2 and found["date"] in text and text in done.stdout
 
 
-def test_a_wrong_side_is_shown_and_not_timed(monkeypatch):
+def test_sides_that_are_wrong_or_fail_are_shown_and_not_timed(monkeypatch):
     wrong = lambda **x: 1.01 * gated_delta_rule(**x)[0]  # noqa: E731
-    op = kernel_bench.OPERATIONS["gated_delta_rule"]._replace(peers=lambda device, decode: {"wrong": wrong})
+    peers = {"wrong": wrong, "broken": lambda **x: x["nothing"]}
+    op = kernel_bench.OPERATIONS["gated_delta_rule"]._replace(peers=lambda device, decode: peers)
     monkeypatch.setitem(kernel_bench.OPERATIONS, "gated_delta_rule", op)
     config = OmegaConf.create({"backends": None, "naive_up_to": 0, "rotate": 1, "rounds": 1})
     peaks = {"float32": 1.0, "copy GB/s": 1.0}
-    ours, theirs = kernel_bench.race(
+    ours, theirs, broken = kernel_bench.race(
         "gated_delta_rule", "forward+backward", SHAPE | {"length": 20}, torch.float32, config, "cpu", peaks
     )
     assert ours["error"] < 1e-5 and ours["ms"] > 0
     assert theirs["error"] == pytest.approx(0.01, rel=0.01) and theirs["ms"] is None
+    assert broken["side"] == "broken: KeyError" and broken["ms"] is None
 
 
 def test_the_race_knows_flops_and_bytes():
