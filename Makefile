@@ -1,12 +1,40 @@
-# make setup, make test, make sweep: each sets up .venv when it is missing or out of date, and only then.
+# Every target sets up .venv when it is missing or out of date, and only then.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup test test-slow sweep
+# Two processes of one thread each: on two cores twice as fast as one of two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-setup: $(READY)
+.PHONY: help setup check test test-slow format sweep studies
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: $(READY)  ## make .venv with everything that the tests and the sweep need
+
+check: $(READY)  ## formatting, lint, types and the quick tests: under a minute
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none & types=$$!; \
+	$(PYTEST) -m 'not slow and not thorough'; tests=$$?; wait $$types && exit $$tests
+
+test: check  ## the check, and then all other tests but the slow ones
+	$(PYTEST) -m 'thorough and not slow'
+
+test-slow: $(READY)  ## the tests that take minutes each
+	$(PYTEST) -m slow
+
+format: $(READY)  ## format the code and mend what lint can
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --quiet --fix .
+
+sweep: $(READY)  ## three kinds of language model compared on this machine, in about a quarter of an hour
+	$(BIN)/python -m experiments.sweep sweep=quickstart
+
+studies: $(READY)  ## every study of configs/study, again where it is not finished
+	$(BIN)/python -m experiments.study all=true
 
 # On a machine whose own Python already has a CUDA build of torch, the environment sees that one; elsewhere torch comes
 # as constraints.txt pins it.
@@ -17,17 +45,5 @@ $(READY): pyproject.toml constraints.txt
 	else \
 	  $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt; \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[test,check]'
 	@touch $(READY)
-
-# Two processes of one thread each: on two cores twice as fast as one of two threads.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-
-test: $(READY)
-	$(TEST)
-
-test-slow: $(READY)
-	$(TEST) -m 'slow or not slow'
-
-sweep: $(READY)
-	$(BIN)/python -m experiments.sweep sweep=quickstart

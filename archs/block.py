@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from archs.contracts import Channel, Mixer, State
 from archs.visibility import Visibility
 
 NORM_AT = ("pre", "post", "both")
@@ -26,8 +27,8 @@ class Block(nn.Module):
     def __init__(
         self,
         width: int,
-        mixer: nn.Module,
-        channel: nn.Module | None,
+        mixer: Mixer,
+        channel: Channel | None,
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         norm_at: str = "pre",
     ):
@@ -43,8 +44,8 @@ class Block(nn.Module):
             self.channel_norm = norm(width) if before else nn.Identity()
             self.channel_post_norm = norm(width) if after else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, visibility: Visibility, state=None):
-        """x [B, T, width] and the mixer's state (or None) -> the same."""
+    def forward(self, x_BTD: Tensor, visibility: Visibility, state: State | None = None) -> tuple[Tensor, State | None]:
+        """x after the block, and the mixer's state after x."""
         y, state = self.mixer(self.mixer_norm(x_BTD), visibility, state)
         x_BTD = x_BTD + self.mixer_post_norm(y)
         if self.channel is not None:
@@ -52,4 +53,5 @@ class Block(nn.Module):
         return x_BTD, state
 
     def flops(self, T: int, visibility: Visibility) -> int:
+        """Forward FLOPs of one sequence."""
         return self.mixer.flops(T, visibility) + (self.channel.flops(T) if self.channel is not None else 0)

@@ -1,16 +1,21 @@
-"""LanguageModel: embedding -> blocks -> norm -> head. Every backbone is this class with another list of mixers."""
+"""LanguageModel: embedding -> blocks -> norm -> head. Every backbone is this class with another list of mixers.
 
-import itertools
+Shape letters: B sequences, T tokens, D model width, V token ids.
+"""
+
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from archs.block import Block
-from archs.visibility import CAUSAL, BlockCausal, Visibility
+from archs.contracts import Channel, Mixer, Part, State
+from archs.parameters import Linear, Role, RoleParameter, linear_layers
+from archs.visibility import CAUSAL, Kind, Visibility
 
 TIME_FEATURES = 16
 
@@ -18,7 +23,7 @@ TIME_FEATURES = 16
 def depth_for(width: int) -> int:
     """The depth that follows from the width where none is given: 4 blocks for every 256 of width.
 
-    Multiples of four keep hybrids of period four whole, and 64 of width a block is the shape of GPT-2 and its
+    Multiples of four keep hybrids of period four whole, and 64 of width per block is the shape of GPT-2 and its
     descendants (768 x 12, 1024 x 16). Below width 384 the depth is 4 and the width alone sets the size.
     """
     return 4 * max(1, round(width / 256))
@@ -34,16 +39,17 @@ class Ahead(nn.Module):
         self.merge = nn.Linear(2 * width, width, bias=False)
         self.block = block
 
-    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, embedded_BTD: Tensor, visibility: Visibility) -> Tensor:
         x_BTD = self.merge(torch.cat([self.hidden_norm(hidden_BTD), self.token_norm(embedded_BTD)], dim=-1))
-        return self.block(x_BTD, CAUSAL)[0]
+        return self.block(x_BTD, visibility)[0]
 
     def flops(self, T: int) -> int:
+        """Forward FLOPs of one sequence of T tokens."""
         return 2 * T * self.merge.weight.numel() + self.block.flops(T, CAUSAL)
 
 
 class LanguageModel(nn.Module):
-    """Token ids to logits.
+    """Brings token ids to logits.
 
     Args:
         vocab_size: number of token ids, in and out.
@@ -70,8 +76,8 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         width: int,
         pattern: Sequence[str],
-        mixers: Mapping[str, Callable[[int], nn.Module]],
-        channels: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType({}),
+        mixers: Mapping[str, Callable[[int], Mixer]],
+        channels: Mapping[str, Callable[[int], Channel]] = MappingProxyType({}),
         first: Sequence[str] = (),
         depth: int | None = None,
         tied: bool = False,
@@ -87,14 +93,14 @@ class LanguageModel(nn.Module):
         parts = [name.partition("+") for name in (*first, *pattern)]
         if not pattern or any(m not in mixers or (plus and c not in channels) for m, plus, c in parts):
             raise ValueError(
-                f"pattern {[*first, *pattern]} must have at least one block, each 'mixer' or 'mixer+channel' with a mixer "
-                f"of {sorted(mixers)} and a channel of {sorted(channels)}"
+                f"pattern {[*first, *pattern]} must have at least one block, each 'mixer' or 'mixer+channel' with a "
+                f"mixer of {sorted(mixers)} and a channel of {sorted(channels)}"
             )
         rest = depth - len(first)
         if rest < 1 or rest % len(pattern):
             raise ValueError(
-                f"depth {depth} is not {len(first)} first blocks and a multiple of the {len(pattern)} blocks of pattern "
-                f"{list(pattern)}"
+                f"depth {depth} is not {len(first)} first blocks and a multiple of the {len(pattern)} blocks of "
+                f"pattern {list(pattern)}"
             )
         self.width, self.depth, self.tied, self.max_length = width, depth, tied, max_length
         self.embedding = nn.Embedding(vocab_size, width)
@@ -105,8 +111,9 @@ class LanguageModel(nn.Module):
             return Block(width, mixers[mixer](width), channels[channel](width) if plus else None, norm, norm_at)
 
         parts = parts[: len(first)] + parts[len(first) :] * (rest // len(pattern))
-        self.blocks = nn.ModuleList(block(*part) for part in parts)
-        self.ahead = nn.ModuleList(Ahead(width, block(*parts[-1]), norm) for _ in range(ahead))
+        self.blocks = cast(Sequence[Block], nn.ModuleList(block(*part) for part in parts))
+        steps = nn.ModuleList(Ahead(width, block(*parts[-1]), norm) for _ in range(ahead))
+        self.ahead = cast(Sequence[Ahead], steps)
         self.norm = norm(width)
         self.head = nn.Linear(width, vocab_size, bias=head_bias)
         if tied:
@@ -122,116 +129,132 @@ class LanguageModel(nn.Module):
             nn.init.normal_(self.positions.weight, std=0.1)
         if self.time is not None:
             nn.init.zeros_(self.time.weight)
-        for name, module in self.linear_layers():
-            std = module.in_features**-0.5
-            nn.init.normal_(module.weight, std=std / (2 * self.depth) ** 0.5 if name.endswith("out_proj") else std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        residual = {id(layer) for part in self._parts() for layer in part.residual_projections()}
+        for layer in self._inner_layers():
+            std = layer.in_features**-0.5
+            nn.init.normal_(layer.weight, std=std / (2 * self.depth) ** 0.5 if id(layer) in residual else std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
         if not self.tied:
             nn.init.zeros_(self.head.weight)
 
-    def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Name and module of every linear layer inside the blocks, those of experts included."""
-        parts = itertools.chain(self.blocks.named_modules(), self.ahead.named_modules())
-        return ((name, m) for name, m in parts if hasattr(m, "in_features"))
+    def _parts(self) -> Iterator[Part]:
+        return (module for module in self.modules() if isinstance(module, Part))
 
-    def _parts(self) -> Iterator[nn.Module]:
-        return itertools.chain(self.blocks.modules(), self.ahead.modules())
+    def _inner_layers(self) -> Iterator[Linear]:
+        """The linear layers inside the blocks, those that look ahead included."""
+        for part in (*self.blocks, *self.ahead):
+            yield from linear_layers(part)
+
+    def roles(self) -> list[RoleParameter]:
+        """Every parameter with its name, role and fan-in, in the order of `parameters()`; a tied head is an
+        embedding."""
+        roles = {id(layer.weight): (Role.MATRIX, layer.in_features) for layer in self._inner_layers()}
+        roles[id(self.head.weight)] = Role.HEAD, self.width
+        for layer in (self.embedding, self.positions, self.time):
+            if layer is not None:
+                roles[id(layer.weight)] = Role.EMBEDDING, 1
+        return [RoleParameter(name, p, *roles.get(id(p), (Role.VECTOR, 1))) for name, p in self.named_parameters()]
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """The losses of the modules' own in the last training forward (balance of experts, indexers), by name, each
+        """The losses of the parts' own in the last training forward (balance of experts, indexers), by name, each
         summed over the blocks and with its coefficient."""
         losses: dict[str, Tensor] = {}
-        for module in self._parts():
-            for name, loss in getattr(module, "auxiliary_losses", {}).items():
+        for part in self._parts():
+            for name, loss in part.auxiliary_losses().items():
                 losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
     def after_step(self) -> None:
-        """Let the modules that change a buffer after each optimiser step do so (balance without auxiliary loss)."""
-        for module in self._parts():
-            if hasattr(module, "after_step"):
-                module.after_step()
+        """Let the parts that change a buffer after each optimiser step do so (balance without auxiliary loss)."""
+        for part in self._parts():
+            part.after_step()
 
     def telemetry(self) -> dict[str, float]:
-        """Figures of the last training forward that modules report, each the mean over the blocks that have it."""
+        """Figures of the last training forward that parts report, each the mean over the parts that have it."""
         figures = defaultdict(list)
-        for module in self._parts():
-            for name, value in getattr(module, "telemetry", dict)().items():
+        for part in self._parts():
+            for name, value in part.telemetry().items():
                 figures[name].append(value)
         return {name: sum(values) / len(values) for name, values in figures.items()}
 
     @property
-    def visibilities(self) -> frozenset[Visibility]:
-        """The visibilities that every mixer of the model can do."""
+    def visibilities(self) -> frozenset[Kind]:
+        """The kinds of visibility that every mixer of the model can do."""
         return frozenset.intersection(*(block.mixer.visibilities for block in self.blocks))
 
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        visibility: Visibility | BlockCausal,
-        states: list | None = None,
-        time: Tensor | None = None,
-    ) -> Tensor:
-        """Token ids [B, T] -> normalised hidden vectors [B, T, width]; `states` is advanced in place. `time`: [B, T] or
-        [B, 1], for a model that is timed and only for such.
+    def empty_states(self, batch: int) -> list[State]:
+        """The states of `batch` sequences before their first token, one per block."""
+        return [block.mixer.empty_state(batch) for block in self.blocks]
+
+    def hidden(self, tokens_BT: Tensor, visibility: Visibility = CAUSAL, time: Tensor | None = None) -> Tensor:
+        """Normalised hidden vectors [B, T, D] of tokens. `time`: [B, T] or [B, 1], for a model that is timed and only
+        for such.
 
         Raises:
             ValueError: where positions are learned and the tokens go beyond the last of them, or a time is missing or
                 not wanted.
         """
+        x_BTD = self._embed(tokens_BT, visibility, 0, time)
+        for block in self.blocks:
+            x_BTD, _ = block(x_BTD, visibility)
+        return self.norm(x_BTD)
+
+    def extend(
+        self,
+        tokens_BT: Tensor,
+        states: list[State],
+        visibility: Visibility = CAUSAL,
+        time: Tensor | None = None,
+    ) -> tuple[Tensor, list[State]]:
+        """Hidden vectors of tokens that continue the states, as `hidden` gives them, and the states after them; see
+        `State` for what becomes of the states before."""
+        x_BTD, after = self._embed(tokens_BT, visibility, states[0].length, time), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x_BTD, state = block(x_BTD, visibility, state)
+            after.append(state)
+        return self.norm(x_BTD), after
+
+    def _embed(self, tokens_BT: Tensor, visibility: Visibility, start: int, time: Tensor | None) -> Tensor:
         if (time is None) != (self.time is None):
             raise ValueError(
                 f"the model is {'not ' if self.time is None else ''}timed: build it with the objective's options"
             )
         x_BTD = self.embedding(tokens_BT)
-        if self.positions is not None:
-            start = 0 if states is None else max(state.length for state in states if hasattr(state, "length"))
+        if self.positions is not None and self.max_length is not None:
             end = start + tokens_BT.shape[1] // visibility.copies
             if end > self.max_length:
                 raise ValueError(f"{end} tokens are beyond the {self.max_length} positions learned: raise max_length")
-            x_BTD = x_BTD + self.positions.weight[start:end].repeat(visibility.copies, 1)
-        if self.time is not None:
+            x_BTD = x_BTD + self.positions(visibility.positions(tokens_BT.shape[1], start, tokens_BT.device))
+        if self.time is not None and time is not None:
             waves = math.pi * torch.arange(1, TIME_FEATURES + 1, device=x_BTD.device)
             time_BT = time.float().expand(tokens_BT.shape)
             x_BTD = x_BTD + self.time((time_BT[..., None] * waves).cos().to(x_BTD.dtype))
-        for i, block in enumerate(self.blocks):
-            x_BTD, state = block(x_BTD, visibility, None if states is None else states[i])
-            if states is not None:
-                states[i] = state
-        return self.norm(x_BTD)
+        return x_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden vectors [..., width] -> logits [..., vocab_size]. A tied head reads embeddings of order one, so its
-        logits are divided by the width (muP's output multiplier)."""
+        """Logits [..., V] of hidden vectors [..., D]. A tied head reads embeddings of order one, so its logits are
+        divided by the width (muP's output multiplier)."""
         return self.head(hidden / self.width if self.tied else hidden)
 
-    def look_ahead(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Iterator[Tensor]:
-        """Hidden vectors for the tokens still further on. hidden: of the inputs, causal, [B, T, width]; tokens [B, T]:
-        the token behind each input, which hidden predicts. The k-th item, [B, T - k, width], predicts tokens[:, k:]."""
-        x_BTD = hidden_BTD
-        for k, ahead in enumerate(self.ahead, 1):
-            x_BTD = ahead(x_BTD[:, :-1], self.embedding(tokens_BT[:, k - 1 : -1]))
-            yield self.norm(x_BTD)
-
     def forward(self, tokens_BT: Tensor, visibility: Visibility = CAUSAL) -> Tensor:
-        """Token ids [B, T] -> logits [B, T, vocab_size]."""
+        """Logits [B, T, V] of token ids."""
         return self.logits(self.hidden(tokens_BT, visibility))
 
-    def prefill(self, tokens_BT: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        """Logits [B, T, vocab_size] of tokens that continue `states` (None: from nothing), and the states after them."""
-        states = [block.mixer.empty_state(len(tokens_BT)) for block in self.blocks] if states is None else states
-        return self.logits(self.hidden(tokens_BT, CAUSAL, states)), states
+    def look_ahead(self, hidden_BTD: Tensor, tokens_BT: Tensor, visibility: Visibility) -> Iterator[Tensor]:
+        """Hidden vectors for the tokens still further on. hidden: of the inputs; tokens [B, T]: the token behind each
+        input, which hidden predicts. The k-th item, [B, T - k, D], predicts tokens[:, k:]; where documents are packed,
+        what it says of another document than it has read is to be left out."""
+        x_BTD = hidden_BTD
+        for k, ahead in enumerate(self.ahead, 1):
+            within = visibility.packed(None if visibility.starts_BL is None else visibility.starts_BL[:, :-k])
+            x_BTD = ahead(x_BTD[:, :-1], self.embedding(tokens_BT[:, k - 1 : -1]), within)
+            yield self.norm(x_BTD)
 
-    def step(self, tokens_B: Tensor, states: list) -> tuple[Tensor, list]:
-        """One token [B] -> logits [B, vocab_size] of the next, and the states after it."""
-        logits_BTV, states = self.prefill(tokens_B[:, None], states)
-        return logits_BTV[:, 0], states
-
-    def flops(self, T: int, visibility: Visibility | BlockCausal, predicted: float = 1.0) -> float:
-        """Forward FLOPs of one sequence of T tokens, the head run on a share `predicted` of them.
+    def flops(self, T: int, visibility: Visibility, predicted: float = 1.0) -> float:
+        """Forward FLOPs of one sequence of T tokens, the head run on a fraction `predicted` of them.
 
         Matrix products, convolutions and triangular solves are counted; lookups, norms and activations are not.
         """
@@ -245,4 +268,4 @@ class LanguageModel(nn.Module):
 
     def ahead_flops(self, T: int) -> int:
         """Forward FLOPs of one sequence in `look_ahead` and the head behind it."""
-        return sum(ahead.flops(T - k) + (T - k) * self.head_flops for k, ahead in enumerate(self.ahead, 1))
+        return sum(ahead.flops(T - k) + (T - k) * self.head_flops for k, ahead in enumerate(self.ahead, 1) if k < T)

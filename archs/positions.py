@@ -1,4 +1,7 @@
-"""Position encodings. An attention mixer takes one of them, or none."""
+"""Position encodings. An attention mixer takes one of them, or none.
+
+Shape letters: B sequences, T queries, S keys, H heads, D dimensions.
+"""
 
 import math
 from dataclasses import dataclass
@@ -35,8 +38,8 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (Peng et al., arXiv 2309.00071): dimensions that turn fewer than `beta_slow` times in `original_length` are
-    stretched by `factor`, those above `beta_fast` turns are left, with a ramp over the dimensions between.
+    """YaRN (Peng et al., arXiv 2309.00071): dimensions that rotate fewer than `beta_slow` times in `original_length`
+    are stretched by `factor`, those above `beta_fast` turns are left, with a ramp over the dimensions between.
 
     magnitude: factor on the rotated vectors; None for the paper's 0.1 ln(factor) + 1.
     truncate: whether the ends of the ramp are rounded outwards to whole dimensions.
@@ -71,61 +74,58 @@ class Rotary:
 
     Args:
         base: theta, 10000 in the paper.
-        share: share of each head's dimensions that turn, the first ones.
-        layout: which two dimensions turn together: "halves" (i and i + half, as in Llama and its descendants) or
+        fraction: fraction of each head's dimensions that are rotated, the first ones.
+        layout: which two dimensions are rotated together: "halves" (i and i + half, as in Llama and its descendants) or
             "interleaved" (2i and 2i + 1, as in the paper). A model trained with one is useless with the other.
         scaling: how the frequencies change for lengths beyond those of training (Linear, Llama3, Yarn), or None.
 
     Raises:
-        ValueError: for a layout or share that does not exist; when called, for an odd number of turning dimensions.
+        ValueError: for a layout or fraction that does not exist; when called, for an odd number of rotated dimensions.
     """
 
     base: float = 10000.0
-    share: float = 1.0
+    fraction: float = 1.0
     layout: str = "halves"
     scaling: Linear | Llama3 | Yarn | None = None
 
     def __post_init__(self):
         if self.layout not in ("halves", "interleaved"):
             raise ValueError(f"rotary layout {self.layout!r} must be 'halves' or 'interleaved'")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"rotary share {self.share} must lie above 0 and at most at 1")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"rotary fraction {self.fraction} must lie above 0 and at most at 1")
 
-    def __call__(self, x_BTHD: Tensor, offset: int, copies: int = 1) -> Tensor:
-        """Turn x [B, T, H, D], whose first token has position `offset`; same dtype, angles in float32. T tokens may be
-        several copies of a sequence side by side, each of which starts there."""
-        if copies > 1:
-            x_BTHD = x_BTHD.unflatten(1, (copies, -1)).flatten(0, 1)
-            return self(x_BTHD, offset).unflatten(0, (-1, copies)).flatten(1, 2)
-        T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
-        turning = round(self.share * D)
-        if turning % 2 or turning == 0:
-            raise ValueError(f"rotary share {self.share} of {D} dimensions is {turning}: it must be even and above 0")
-        half = turning // 2
+    def __call__(self, x_BTHD: Tensor, position: Tensor) -> Tensor:
+        """Rotate x by the positions of its tokens, [T] or [B, T]; same dtype, angles in float32."""
+        D = x_BTHD.shape[-1]
+        rotated_dims = round(self.fraction * D)
+        if rotated_dims % 2 or rotated_dims == 0:
+            raise ValueError(
+                f"rotary fraction {self.fraction} of {D} dimensions is {rotated_dims}: it must be even and above 0"
+            )
+        half = rotated_dims // 2
         frequency_D = self.base ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float32) / half)
         magnitude = 1.0
         if self.scaling is not None:
             frequency_D, magnitude = self.scaling(frequency_D, self.base)
-        position_T = torch.arange(offset, offset + T, device=x_BTHD.device, dtype=torch.float32)
-        angle_TD = torch.outer(position_T, frequency_D)
-        cos_TD = (angle_TD.cos() * magnitude)[:, None].to(x_BTHD.dtype)
-        sin_TD = (angle_TD.sin() * magnitude)[:, None].to(x_BTHD.dtype)
-        turned, rest = x_BTHD.split([turning, D - turning], dim=-1)
+        angle = position[..., None, None].float() * frequency_D  # [(B,) T, 1, half]
+        cos, sin = ((f(angle) * magnitude).to(x_BTHD.dtype) for f in (torch.cos, torch.sin))
+        rotated, rest = x_BTHD.split([rotated_dims, D - rotated_dims], dim=-1)
         if self.layout == "halves":
-            a, b = turned.chunk(2, dim=-1)
-            turned = torch.cat([a * cos_TD - b * sin_TD, b * cos_TD + a * sin_TD], dim=-1)
+            a, b = rotated.chunk(2, dim=-1)
+            rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
         else:
-            a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
-            turned = torch.stack([a * cos_TD - b * sin_TD, b * cos_TD + a * sin_TD], dim=-1).flatten(-2)
-        return torch.cat([turned, rest], dim=-1) if turning < D else turned
+            a, b = rotated.unflatten(-1, (half, 2)).unbind(-1)
+            rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        return torch.cat([rotated, rest], dim=-1) if rotated_dims < D else rotated
 
 
 @dataclass(frozen=True)
 class Alibi:
     """Attention with linear biases (Press et al., arXiv 2108.12409): -slope |t - s| is added to the score of query t
-    and key s. The slopes are 2^(-8 h / heads) for h = 1 .. heads, the paper's rule for powers of two, for any number."""
+    and key s. The slopes are 2^(-8 h / heads) for h = 1 .. heads, the paper's rule for powers of two, for any
+    number."""
 
     def bias(self, distance_TS: Tensor, heads: int) -> Tensor:
-        """Distances t - s [T, S] -> biases [heads, T, S] in float32."""
+        """Biases [heads, T, S], float32, of distances t - s [T, S]."""
         slopes_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=distance_TS.device) / heads)
         return -slopes_H[:, None, None] * distance_TS.abs()

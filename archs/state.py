@@ -1,18 +1,26 @@
-"""What a mixer keeps between tokens when it decodes. A mixer owns its state; the model holds one a block."""
+"""States that the mixers of this project keep while they decode.
 
-from dataclasses import dataclass
+Shape letters: B sequences, T new tokens, S tokens that can be seen, G key-value heads, D dimensions, W taps, C
+    channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from archs.contracts import State
 
-@dataclass
-class KVCache:
+
+@dataclass(frozen=True, eq=False)
+class KVCache(State):
     """Keys and values of the tokens that later ones can see, in buffers that grow by doubling.
 
-    k, v: [B, capacity, KV heads, D], of which the first `held` tokens are filled.
+    k, v: [B, capacity, G, D], of which the first `held` tokens are filled.
     window: tokens that a query sees, itself included, or None for all; older ones are dropped.
-    length: tokens seen so far, the position of the next one.
     """
 
     k: Tensor
@@ -21,62 +29,71 @@ class KVCache:
     length: int = 0
     held: int = 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v [B, T, KV heads, D]; return what the new tokens may see, [B, S, KV heads, D], the new ones last."""
-        T = k.shape[1]
-        self.length += T
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, KVCache]:
+        """Add k, v [B, T, G, D]: what the new tokens may see, [B, S, G, D] with the new ones last, and the cache after
+        them, which shares its buffers with this one."""
+        length = self.length + k.shape[1]
         if self.window is not None:
             k, v = (torch.cat([old[:, : self.held], new], 1) for old, new in ((self.k, k), (self.v, v)))
             # The next token sees itself and window - 1 before it.
-            self.held = min(k.shape[1], self.window - 1)
-            self.k, self.v = (x[:, x.shape[1] - self.held :].clone() for x in (k, v))
-            return k, v
-        end, capacity = self.held + T, self.k.shape[1]
+            held = min(k.shape[1], self.window - 1)
+            kept_k, kept_v = (x[:, x.shape[1] - held :].clone() for x in (k, v))
+            return k, v, replace(self, k=kept_k, v=kept_v, length=length, held=held)
+        end, capacity = self.held + k.shape[1], self.k.shape[1]
+        buffer_k, buffer_v = self.k, self.v
         if end > capacity:
             room = max(end, 2 * capacity) - capacity
-            self.k, self.v = (torch.cat([x, x.new_empty(x.shape[0], room, *x.shape[2:])], 1) for x in (self.k, self.v))
-        self.k[:, self.held : end] = k
-        self.v[:, self.held : end] = v
-        self.held = end
-        return self.k[:, :end], self.v[:, :end]
-
-    def rewind(self, tokens: int) -> None:
-        """Forget the last tokens, as if they had not been appended; not where a window has dropped older ones."""
-        self.length -= tokens
-        self.held -= tokens
+            buffer_k, buffer_v = (
+                torch.cat([x, x.new_empty(x.shape[0], room, *x.shape[2:])], 1) for x in (self.k, self.v)
+            )
+        buffer_k[:, self.held : end], buffer_v[:, self.held : end] = k, v
+        after = replace(self, k=buffer_k, v=buffer_v, length=length, held=end)
+        return buffer_k[:, :end], buffer_v[:, :end], after
 
     @property
     def nbytes(self) -> int:
         """Bytes in use; the spare room of the buffers is not counted."""
         return self.k[:, : self.held].nbytes + self.v[:, : self.held].nbytes
 
+    def repeat(self, copies: int) -> Self:
+        k, v = (x[:, : self.held].repeat_interleave(copies, dim=0) for x in (self.k, self.v))
+        return replace(self, k=k, v=v)
 
-@dataclass
-class RecurrentState:
-    """A state of fixed size: the last inputs of the short convolution and, where there is one, the matrix memory."""
 
-    conv: Tensor  # [B, W - 1, C]
-    memory: Tensor | None = None  # one matrix a head, float32: [B, HV, K, V] of a delta rule, [B, H, P, N] of Mamba-2
+@dataclass(frozen=True, eq=False)
+class RecurrentState(State):
+    """A state of fixed size.
+
+    conv: [B, W - 1, C], the last inputs of the short convolution.
+    memory: one matrix per head, float32 or wider, or None where there is none.
+    """
+
+    conv: Tensor
+    memory: Tensor | None = None
+    length: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.conv.nbytes + (0 if self.memory is None else self.memory.nbytes)
 
+    def repeat(self, copies: int) -> Self:
+        conv, memory = (x if x is None else x.repeat_interleave(copies, dim=0) for x in (self.conv, self.memory))
+        return replace(self, conv=conv, memory=memory)
 
-@dataclass
-class States:
+
+@dataclass(frozen=True, eq=False)
+class JointState(State):
     """The states of several parts of one mixer, in their order."""
 
-    states: list
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for state in self.states)
+    parts: tuple[State, ...]
 
     @property
     def length(self) -> int:
-        """Tokens seen so far, by any part that knows; without one there is no such attribute."""
-        known = [state.length for state in self.states if hasattr(state, "length")]
-        if not known:
-            raise AttributeError("no part of this state knows how many tokens it has seen")
-        return max(known)
+        return self.parts[0].length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def repeat(self, copies: int) -> Self:
+        return replace(self, parts=tuple(part.repeat(copies) for part in self.parts))

@@ -1,0 +1,5 @@
+"""What people run: the commands, and the rooms behind them."""
+
+from pathlib import Path
+
+CONFIGS = str(Path(__file__).parents[1] / "configs")

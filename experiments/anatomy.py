@@ -1,4 +1,4 @@
-"""What each backbone is made of: parameters, FLOPs a token and decode state at several lengths.
+"""Parts and price of each backbone: parameters, FLOPs per token and decode state at several lengths.
 
 python -m experiments.anatomy 'archs=[gpt2,qwen3_next]' arch.width=256
 
@@ -15,14 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from archs.flops import costs
+from archs.costs import costs
 from archs.visibility import BIDIRECTIONAL, CAUSAL
+from experiments import CONFIGS
 
-ARCHS = Path(__file__).parents[1] / "configs" / "arch"
+ARCHS = Path(CONFIGS) / "arch"
 
 
 def anatomy(config: DictConfig, length: int) -> dict:
-    """Costs of one arch at one length: counts of parameters, forward FLOPs a token, bytes of one sequence's state.
+    """Costs of one arch at one length: counts of parameters, forward FLOPs per token, bytes of one sequence's state.
 
     Raises:
         ValueError: for a visibility that the arch cannot do.
@@ -32,7 +33,7 @@ def anatomy(config: DictConfig, length: int) -> dict:
         raise ValueError(f"visibility={config.visibility} must be causal or bidirectional")
     with torch.device("meta"):
         model = instantiate(config.arch.model, vocab_size=config.vocab_size)
-    if visibility not in model.visibilities:
+    if visibility.kind not in model.visibilities:
         raise ValueError(f"arch={config.arch.name} cannot do visibility={config.visibility}")
     cost = costs(model, length, model.flops(length, visibility))
     return {
@@ -48,7 +49,7 @@ def anatomy(config: DictConfig, length: int) -> dict:
 
 
 def table(names: list[str], lengths: list[int], overrides: list[str]) -> pd.DataFrame:
-    """One row an arch."""
+    """One row per arch."""
     rows = []
     for name in names:
         row = {}
@@ -60,10 +61,10 @@ def table(names: list[str], lengths: list[int], overrides: list[str]) -> pd.Data
     return pd.DataFrame(rows)[sorted(columns, key=lambda c: ("flops" in c, "state" in c) > (False, False))]
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="anatomy")
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="anatomy")
 def main(config: DictConfig) -> None:
     known = sorted(path.stem for path in ARCHS.glob("*.yaml"))
-    chosen = HydraConfig.get().runtime.choices.arch
+    chosen = HydraConfig.get().runtime.choices["arch"]
     given = HydraConfig.get().overrides.task
     names = list(config.archs or ([chosen] if any(o.startswith("arch=") for o in given) else known))
     if unknown := [name for name in names if name not in known]:
@@ -73,7 +74,7 @@ def main(config: DictConfig) -> None:
         result = table(names, list(config.lengths), overrides)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(result.to_string(index=False, formatters={c: "{:,}".format for c in result.columns if c != "arch"}))
+    print(result.map(lambda value: value if isinstance(value, str) else f"{value:,}").to_string(index=False))
 
 
 if __name__ == "__main__":

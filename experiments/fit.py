@@ -1,8 +1,13 @@
-"""Fit scaling laws to a table of runs: python -m experiments.fit runs=a.csv out=a.json columns.flops=... columns.loss=..."""
+"""Fit scaling laws to a table of runs: python -m experiments.fit runs=a.csv out=a.json columns.loss=...
+
+All arguments are in configs/fit.yaml.
+"""
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -10,68 +15,84 @@ from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.table import Table
 
-from experiments.scaling.fit import fit_runs, read_runs, write_json
+from experiments import CONFIGS
+from experiments.findings import Refused, jsonable, write_json
+from experiments.scaling.fit import fit_runs
+from experiments.scaling.fit_results import (
+    BudgetMinimum,
+    Fit,
+    PowerLaws,
+    RefusedBudget,
+    RefusedSurface,
+    Sensitivity,
+    SurfaceFit,
+    SurfaceFits,
+)
+from experiments.scaling.runs import Columns, read_runs
 
 
-def between(interval: list[float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.4g} .. {interval[1]:.4g}"
-
-
-def print_result(console: Console, result: dict) -> None:
-    rows = result["rows"]
-    console.print(
-        f"{rows['fitted']} of {rows['read']} rows fitted, {rows['refused']} refused, {rows['in_no_budget']} in no budget"
-    )
-    for line in result["derived"]:
-        console.print(f"derived: {line}")
+def minima_table(budgets: Iterable[BudgetMinimum | RefusedBudget]) -> Table:
     table = Table("budget", "sizes", "N*", "D*", "loss", "Akima N*", "status", title="isoFLOP minima")
-    for b in result["budgets"]:
-        if b["status"] == "ok":
-            numbers = [b["n_opt"], b["tokens_opt"], b["loss_opt"], b["methods"]["akima"]["n_opt"]]
-            cells = [*(f"{x:.4g}" for x in numbers), "; ".join(["ok", *b["flags"]])]
+    for b in budgets:
+        if isinstance(b, BudgetMinimum):
+            numbers = (b.n_opt, b.tokens_opt, b.loss_opt, b.akima.n_opt)
+            cells = [*(f"{x:.4g}" for x in numbers), "; ".join(["ok", *b.flags])]
         else:
-            cells = ["-", "-", "-", "-", b["reason"]]
-        table.add_row(f"{b['budget']:.3g}", str(b["sizes"]), *cells)
-    console.print(table)
+            cells = ["-", "-", "-", "-", b.reason]
+        table.add_row(f"{b.budget:.3g}", str(b.sizes), *cells)
+    return table
+
+
+def exponents_table(laws: PowerLaws | Refused, surfaces: SurfaceFits) -> Table:
     table = Table("law", "exponent", "95 % interval", "from", title="Exponents in compute")
-    laws = result["power_laws"]
-    if "refused" in laws:
-        table.add_row("isoFLOP", "-", "-", laws["refused"])
+    if isinstance(laws, Refused):
+        table.add_row("isoFLOP", "-", "-", laws.refused)
     else:
-        for name in "NDL":
-            law = laws[name]
-            table.add_row(
-                f"{name}*(C)", f"{law['exponent']:.4f}", between(law["exponent_interval"]), f"{law['budgets']} budgets"
-            )
-    for name, fit in result["parametric"].items():
-        if fit["status"] == "converged":
-            table.add_row(
-                f"N*, parametric, {name}", f"{fit['a']:.4f}", between(fit["intervals"].get("a")), f"{fit['runs']} runs"
-            )
-        else:
-            table.add_row(f"N*, parametric, {name}", "-", "-", fit["refused"])
-    console.print(table)
+        for name, law in (("N*", laws.N), ("D*", laws.D), ("L*", laws.L)):
+            exponent = law.exponent
+            table.add_row(f"{name}(C)", f"{exponent.value:.4f}", exponent.interval(".4g"), f"{law.budgets} budgets")
+    for name, fit in (("huber", surfaces.huber), ("projection", surfaces.projection)):
+        table.add_row(f"N*, parametric, {name}", *_surface_cells(fit))
+    return table
+
+
+def _surface_cells(fit: SurfaceFit | RefusedSurface) -> tuple[str, str, str]:
+    if isinstance(fit, RefusedSurface):
+        return "-", "-", fit.refused
+    estimates = fit.bootstrap.estimates if fit.bootstrap else None
+    return f"{fit.a:.4f}", estimates.a.interval(".4g") if estimates else "-", f"{fit.runs} runs"
+
+
+def sensitivity_table(lines: Iterable[Sensitivity]) -> Table:
     table = Table("highest losses dropped", "runs", "isoFLOP", "Huber", "projection", title="Exponent of N* in compute")
-    for line in result["sensitivity"]:
-        values = [line[name] for name in ("isoflop", "huber", "projection")]
-        table.add_row(
-            str(line["highest_dropped"]), str(line["runs"]), *("-" if x is None else f"{x:.4f}" for x in values)
-        )
-    console.print(table)
+    for line in lines:
+        exponents = ("-" if x is None else f"{x:.4f}" for x in (line.isoflop, line.huber, line.projection))
+        table.add_row(str(line.highest_dropped), str(line.runs), *exponents)
+    return table
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="fit")
+def print_result(console: Console, fit: Fit) -> None:
+    rows = fit.rows
+    console.print(f"{rows.fitted} of {rows.read} rows fitted, {rows.refused} refused, {rows.in_no_budget} in no budget")
+    for line in fit.derived:
+        console.print(f"derived: {line}")
+    console.print(minima_table(fit.budgets))
+    console.print(exponents_table(fit.power_laws, fit.parametric))
+    console.print(sensitivity_table(fit.sensitivity))
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="fit")
 def main(config: DictConfig) -> None:
     try:
-        c = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        c: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         result = fit_runs(
             read_runs(Path(c["runs"])),
-            c["columns"],
+            Columns(**c["columns"]),
             query=c["filter"],
             drop_highest=c["drop_highest"],
             sensitivity=tuple(c["sensitivity"]),
             budget_tolerance=c["budget_tolerance"],
-            bootstrap=c["bootstrap"],
+            draws=c["bootstrap"],
             seed=c["seed"],
         )
     except MissingMandatoryValue as error:
@@ -79,7 +100,7 @@ def main(config: DictConfig) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     out = Path(c["out"])
-    write_json(out, result | {"command": shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])})
+    write_json(out, jsonable(result) | {"command": shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])})
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console.width = 150

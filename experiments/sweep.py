@@ -1,6 +1,6 @@
 """Train a grid of cells and compare the arms: python -m experiments.sweep sweep=quickstart
 
-Started again, it runs only what is missing. dry_run=true prints the cells and runs nothing.
+Started again, it runs only what is missing. --dry-run prints the cells and runs nothing.
 """
 
 import sys
@@ -8,15 +8,17 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from experiments import CONFIGS
+from experiments.harness.identity import load_config, run_of
 from experiments.harness.run import execute
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="sweep")
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="sweep")
 def main(config: DictConfig) -> dict:
-    """One cell, wherever the launcher runs it. The sweep itself is hydra_plugins/isoflop.py."""
-    return execute(config)
+    """Train one cell, wherever the launcher runs it. The sweep itself is hydra_plugins/isoflop.py."""
+    return execute(run_of(load_config(config.sweep.cell)))
 
 
 if __name__ == "__main__":
-    sys.argv = ["dry_run=true" if argument == "--dry-run" else argument for argument in sys.argv]
+    sys.argv = ["sweep.dry_run=true" if argument == "--dry-run" else argument for argument in sys.argv]
     main()

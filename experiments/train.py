@@ -9,13 +9,15 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from experiments import CONFIGS
+from experiments.harness.identity import run_of
 from experiments.harness.run import execute
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def main(config: DictConfig) -> None:
     try:
-        row = execute(config)
+        row = execute(run_of(config))
     except ValueError as error:  # a config that cannot be run
         sys.exit(f"error: {error}")
     print(json.dumps(row), flush=True)

@@ -2,6 +2,7 @@
 them at every start, so the sweep itself lives in experiments/scaling/sweeper.py and is imported when it runs."""
 
 import sys
+from pathlib import Path
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
@@ -13,7 +14,7 @@ class IsoFlopSweeper(Sweeper):
     """Plans the cells of `sweep` and hands the missing ones to the configured launcher, stage by stage."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
+        self.config, self.loader = config, hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -21,17 +22,30 @@ class IsoFlopSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         from experiments.scaling.sweeper import Sweep
 
+        given, launcher, loader = self.config, self.launcher, self.loader
+        assert given is not None and launcher is not None  # Hydra has called setup
+
         def compose(overrides: list[str]) -> DictConfig:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, [*arguments, *overrides])
+            """The config of a run: all but what is the sweep's and Hydra's."""
+            config = loader.load_sweep_config(given, [*arguments, *overrides])
             with open_dict(config):
-                del config.hydra
+                config.session.root = str(config.session.root)  # it may go by the name of the sweep
+                del config.hydra, config.sweep
             return config
 
-        def launch(cells: list[list[str]], first: int) -> None:
-            self.launcher.launch([[*arguments, *overrides] for overrides in cells], initial_job_idx=first)
+        def launch(files: list[Path], first: int) -> None:
+            jobs = [[f"sweep.cell={quoted(file)}"] for file in files]
+            launcher.launch(jobs, initial_job_idx=first)
 
         try:
-            sweep = Sweep(compose, launch, arguments)
+            settings = loader.load_sweep_config(given, arguments).sweep
+            sweep = Sweep(settings, compose, launch, arguments)
         except ValueError as error:  # a plan that cannot be made, or is not the one on disk
             sys.exit(f"error: {error}")
         sweep.run()
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of a Hydra override."""
+    text = str(path.absolute()).replace("'", "\\'")
+    return f"'{text}'"

@@ -1,11 +1,29 @@
-"""Operations of the recurrent mixers: one folder an operation, one public function each.
+"""Operations of the recurrent mixers: tensors in and out, several backends each.
 
-`reference.py` in a folder is the definition, `torch.py` the fast path on any device, `triton.py` the kernels for GPUs, which
-`operator.py` makes known to PyTorch. Every backend is tested against the reference in float64.
+The face of the package is the functions below. One folder per operation, all with the same files:
+
+    __init__.py          the public function: signature, shapes, errors; and OPERATION, for trials and tests
+    reference.py         the definition, token by token; every other backend is tested against it in float64
+    chunked.py           the fast path on any device (depthwise.py for the convolution), and the count of its FLOPs
+    triton_kernels.py    the kernels for GPUs
+    triton_operators.py  their registration with PyTorch: autograd, torch.compile, FlopCounterMode
+    problems.py          random problems for trials, tests and benchmarks
+
+`common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
+Triton kernels with their block sizes, and Triton functions on tiles. A new operation is a folder with these files,
+its block sizes in `common/launch.py`, a line here, and a case in `tests/kernels/cases.py`, by which it is held to the
+duties of all. `hugging_face.py` keeps this package apart from one of the same name.
 """
 
-from kernels.causal_conv1d import causal_conv1d
-from kernels.gated_delta_rule import gated_delta_rule
-from kernels.ssd import ssd
+from kernels.convolution import causal_conv1d, causal_conv1d_flops
+from kernels.delta import gated_delta_rule, gated_delta_rule_flops
+from kernels.state_space import ssd, ssd_flops
 
-__all__ = ["causal_conv1d", "gated_delta_rule", "ssd"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_flops",
+    "gated_delta_rule",
+    "gated_delta_rule_flops",
+    "ssd",
+    "ssd_flops",
+]

@@ -1,4 +1,7 @@
-"""What an objective says about held-out sequences and about its samples."""
+"""What an objective says about held-out sequences.
+
+Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch, S draws of noise.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +28,8 @@ class Likelihood:
     degrees: int = 0
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the exact bound of these sequences, in nats of all of them, lies with this confidence (Student's t)."""
+        """The range in which the exact bound of these sequences, in nats of all of them, lies with this confidence
+        (Student's t)."""
         total = self.nats_B.sum().item()
         reach = student_t.ppf((1 + confidence) / 2, self.degrees) * self.variance**0.5 if self.degrees else 0.0
         return total - reach, total + reach
@@ -53,11 +57,6 @@ def nats_at(logits_NV: Tensor, tokens_BT: Tensor, where_BT: Tensor) -> Tensor:
     return nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
 
 
-def mean_nats(nats_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
-    """Mean over the answers; over all tokens where none are marked; 0 of a batch that has no answer."""
-    return nats_BT.mean() if answers_BT is None else nats_BT.sum() / answers_BT.sum().clamp_min(1)
-
-
-def everywhere(tokens_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
-    """The tokens that count: the answers where these are marked, else all."""
-    return torch.ones_like(tokens_BT, dtype=torch.bool) if answers_BT is None else answers_BT
+def mean_nats(nats_BT: Tensor, weights_BT: Tensor) -> Tensor:
+    """Mean over the tokens whose weight is not 0 of nats times weight; 0 where there is no such token."""
+    return (nats_BT * weights_BT.to(nats_BT)).sum() / (weights_BT != 0).sum().clamp_min(1)

@@ -1,18 +1,24 @@
-"""Absorbing-state (masked) diffusion over tokens: MDLM, MD4, LLaDA, and SEDD's absorbing form."""
+"""Absorbing-state (masked) diffusion over tokens: MDLM, MD4, LLaDA, and SEDD's absorbing form.
+
+Shape letters: B sequences, T tokens, V token ids of the data, N positions picked out of a batch.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
-from objectives.likelihood import Likelihood, bound_by, check_draws, everywhere, mean_nats, nats_at
+from objectives.contracts import Batch, Model, Objective, Request, Samples
+from objectives.decoding.unmasking import Ancestral, Unmasking
+from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats, nats_at
 from objectives.noise import Polynomial, Schedule, check, draw_times, mask_some, uniform
-from objectives.sampling import Ancestral, Draw, Sampler, Samples, gaps_of
 
 
-class MaskedDiffusion:
-    """Continuous-time absorbing diffusion (Sahoo et al., arXiv 2406.07524; Shi et al., 2406.04329): each token is masked
-    with probability p, and
+class MaskedDiffusion(Objective):
+    """Continuous-time absorbing diffusion (Sahoo et al., arXiv 2406.07524; Shi et al., 2406.04329): each token is
+    masked with probability p, and
 
         -log p(x) <= integral_0^1 E[ (1 / p) sum over masked positions of -log p(x_i | the rest) ] dp
 
@@ -29,13 +35,14 @@ class MaskedDiffusion:
         weighting: of the training loss: "bound", or "flat" for a weight of 1 in place of 1 / p, whose loss varies less
             and is no bound. What is reported is the bound either way.
         timed: whether the model is told p. The tokens show it, so it is not by default.
-        evaluation_draws: independent draws of masks for `bound`, at least 2 (their spread gives the error).
+        evaluation_draws: independent draws of masks for `evaluate`, at least 2 (their spread gives the error).
 
     Raises:
         ValueError: for a schedule that does not end with every token masked, or an option that is not one of these.
     """
 
     visibility = BIDIRECTIONAL
+    samplers = (Unmasking,)
 
     def __init__(
         self,
@@ -57,86 +64,74 @@ class MaskedDiffusion:
         self.schedule, self.times, self.weighting, self.timed = schedule, times, weighting, timed
         self.evaluation_draws = evaluation_draws
 
-    def flops(self, model: LanguageModel, T: int, scored: float = 1.0) -> float:
-        """Forward FLOPs of training on a sequence of T tokens, `scored` of which are answers: the head runs on masked
-        tokens, in the mean over times."""
+    def flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
+        """As in `Objective`: the head runs on masked tokens, in the mean over times."""
         t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-        return model.flops(T, BIDIRECTIONAL, scored * self.schedule.noised(t).mean().item())
+        return model.flops(T, BIDIRECTIONAL, counted * self.schedule.noised(t).mean().item())
 
-    def answer_logits(
-        self, model: LanguageModel, tokens_BT: Tensor, masked_BT: Tensor, p_B: Tensor | None = None
-    ) -> Tensor:
-        """Logits [N, vocab_size] of the N tokens where masked_BT is true, from all other tokens. p_B: the share of
-        tokens noised, for a timed model; None for the share of masked_BT."""
-        time = {}
-        if self.timed:
-            p_B = masked_BT.double().mean(1) if p_B is None else p_B.to(tokens_BT.device)
-            time = {"time": p_B[:, None]}
-        hidden_BTD = model.hidden(tokens_BT.masked_fill(masked_BT, self.mask), BIDIRECTIONAL, **time)
+    def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor) -> Tensor:
+        """Logits [N, V] at masked positions from all other tokens; p_B: the fraction of tokens noised."""
+        noised_BT = batch.tokens_BT.masked_fill(masked_BT, self.mask)
+        time = {"time": p_B.to(noised_BT.device)[:, None]} if self.timed else {}
+        hidden_BTD = model.hidden(noised_BT, BIDIRECTIONAL.packed(batch.starts_BT), **time)
         return model.logits(hidden_BTD[masked_BT])[:, : self.vocab_size]
 
-    def masked_nats(
-        self, model: LanguageModel, tokens_BT: Tensor, masked_BT: Tensor, p_B: Tensor | None = None
-    ) -> Tensor:
-        """-log p(x_i | unmasked tokens) at masked positions, 0 elsewhere, [B, T]."""
-        return nats_at(self.answer_logits(model, tokens_BT, masked_BT, p_B), tokens_BT, masked_BT)
+    def masked_nats(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor | None = None) -> Tensor:
+        """-log p(x_i | unmasked tokens) at masked positions, 0 elsewhere, [B, T]. p_B: the fraction of tokens noised,
+        for a timed model; None for that of masked_BT."""
+        p_B = masked_BT.double().mean(1) if p_B is None else p_B
+        return nats_at(self._logits(model, batch, masked_BT, p_B), batch.tokens_BT, masked_BT)
 
-    def loss(
-        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
-    ) -> Tensor:
-        """One-draw estimate of the bound in mean nats a token, or an answer where these are marked: only they are then
-        ever masked."""
-        t_B = draw_times(len(tokens_BT), self.times, generator)
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """As in `Objective`: all tokens that count are masked together."""
+        return self._logits(model, batch, batch.counted_BT, batch.counted_BT.double().mean(1))
+
+    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
+        """As in `Objective`: a one-draw estimate of the bound."""
+        t_B = draw_times(len(batch.tokens_BT), self.times, generator)
         p_B, rate_B = self.schedule.noised(t_B), self.schedule.rate(t_B)
-        masked_BT = (uniform(tokens_BT.shape, generator) < p_B[:, None]).to(tokens_BT.device)
-        masked_BT &= everywhere(tokens_BT, answers_BT)
-        nats_BT = self.masked_nats(model, tokens_BT, masked_BT, p_B)
+        masked_BT = (uniform(batch.tokens_BT.shape, generator) < p_B[:, None]).to(batch.tokens_BT.device)
+        nats_BT = self.masked_nats(model, batch, masked_BT & batch.counted_BT, p_B)
         if self.weighting == "bound":
             nats_BT = nats_BT * (rate_B / p_B).to(nats_BT)[:, None]
-        return mean_nats(nats_BT, answers_BT)
+        return mean_nats(nats_BT, batch.weights_BT)
 
     @torch.no_grad()
-    def bound(
-        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
-    ) -> Likelihood:
-        """The bound over all p, with p integrated out (see `mask_some`): less varied than with times drawn."""
-        noisable_BT = everywhere(tokens_BT, answers_BT)
+    def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
+        """As in `Objective`: the bound over all p, with p integrated out (see `mask_some`), which varies less than with
+        times drawn."""
 
         def draw(generator: Generator) -> Tensor:
-            masked_BT, weight_B, p_B = mask_some(noisable_BT, generator)
-            nats_BT = self.masked_nats(model, tokens_BT, masked_BT.to(tokens_BT.device), p_B)
+            masked_BT, weight_B, p_B = mask_some(batch.counted_BT, generator)
+            nats_BT = self.masked_nats(model, batch, masked_BT.to(batch.tokens_BT.device), p_B)
             return nats_BT.double().sum(1) * weight_B.to(nats_BT.device)
 
         return bound_by(draw, self.evaluation_draws, generator)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: LanguageModel,
-        prompt_BT: Tensor,
-        length: int,
-        generator: Generator,
-        draw: Draw = Draw(),
-        sampler: Sampler | None = None,
-    ) -> Samples:
-        """Fill the gaps (-1) of a prompt [B, P] and all behind it up to `length`, by `sampler` (None: `Ancestral` with
-        a quarter as many steps as gaps).
+    def denoiser(self, model: Model) -> "WholeSequence":
+        return WholeSequence(model, self.mask, self.vocab_size, self.timed)
 
-        Raises:
-            ValueError: for a prompt without a gap that is no shorter than the length.
-        """
-        tokens_BT, gaps_BT = gaps_of(prompt_BT, length, self.mask)
-        sampler = Ancestral(max(1, -(-int(gaps_BT.sum(1).max()) // 4))) if sampler is None else sampler
+    def default_sampler(self, request: Request) -> Ancestral:
+        """A quarter as many steps as masked positions."""
+        _, masked_BT = request.canvas(self.mask)
+        return Ancestral(-(-int(masked_BT.sum(1).max()) // 4))
 
-        def denoise(tokens_BT: Tensor, where_BT: Tensor) -> Tensor:
-            left_B1 = (tokens_BT == self.mask).sum(1, keepdim=True)
-            time = {"time": left_B1 / gaps_BT.sum(1, keepdim=True).clamp(min=1)} if self.timed else {}
-            hidden_BTD = model.hidden(tokens_BT, BIDIRECTIONAL, **time)
-            return model.logits(hidden_BTD[where_BT])[:, : self.vocab_size]
-
-        return sampler(denoise, tokens_BT, gaps_BT, self.mask, draw, generator)
-
-    def sampling_flops(self, model: LanguageModel, samples: Samples) -> float:
-        """FLOPs of one sequence of these samples: passes over the whole of it, and the head where it was read."""
+    def sampling_flops(self, model: LanguageModel, request: Request, samples: Samples) -> float:
+        """As in `Objective`: passes over the whole of each sequence, and the head where it was read."""
         T = samples.tokens_BT.shape[1]
         return samples.evaluations * model.flops(T, BIDIRECTIONAL, 0.0) + samples.predictions * model.head_flops
+
+
+@dataclass(frozen=True)
+class WholeSequence:
+    """A model that runs the whole sequence in every pass; see `MaskedDenoiser`."""
+
+    model: Model
+    mask: int
+    vocab_size: int
+    timed: bool
+
+    def __call__(self, tokens_BT: Tensor, where_BT: Tensor, noised_B: Tensor) -> Tensor:
+        time = {"time": noised_B[:, None]} if self.timed else {}
+        hidden_BTD = self.model.hidden(tokens_BT, BIDIRECTIONAL, **time)
+        return self.model.logits(hidden_BTD[where_BT])[:, : self.vocab_size]

@@ -1,21 +1,29 @@
-"""Next-token prediction: the exact likelihood by the chain rule."""
+"""Next-token prediction: the exact likelihood by the chain rule.
+
+Shape letters: B sequences, T tokens, D model width, V token ids, N tokens that count.
+"""
+
+from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from archs.contracts import State
 from archs.language_model import LanguageModel
 from archs.visibility import CAUSAL
+from objectives.contracts import Batch, Model, Objective, Request, Samples
+from objectives.decoding.autoregression import Autoregression
 from objectives.likelihood import Likelihood, mean_nats, nats_at
-from objectives.sampling import GAP, Draw, Samples
 
 
-class NextToken:
-    """-log p(x) = sum_t -log p(x_t | x_<t), every window scored from its first token on.
+class NextToken(Objective):
+    """-log p(x) = sum_t -log p(x_t | x_<t), every document scored from its first token on.
 
     Args:
         vocab_size: number of token ids of the data.
-        eot: id of the end-of-text token, which also stands in front of every window.
+        eot: id of the end-of-text token, which also stands in front of every document.
         ahead: number of further tokens that training also predicts at each position (multi-token prediction,
             DeepSeek-V3, arXiv 2412.19437, section 2.2). They cost FLOPs, which are counted, and are not part of the
             likelihood.
@@ -26,6 +34,7 @@ class NextToken:
     """
 
     visibility = CAUSAL
+    samplers = (Autoregression,)
 
     def __init__(self, vocab_size: int, eot: int, ahead: int = 0, ahead_weight: float = 0.3):
         if ahead < 0:
@@ -34,81 +43,70 @@ class NextToken:
         self.model_options = {"ahead": ahead} if ahead else {}
         self.eot, self.ahead, self.ahead_weight = eot, ahead, ahead_weight
 
-    def flops(self, model: LanguageModel, T: int, scored: float = 1.0) -> float:
-        """Forward FLOPs of training on a sequence of T tokens, `scored` of which are answers; the head runs on these,
-        and for further tokens on all."""
-        return model.flops(T, CAUSAL, scored) + model.ahead_flops(T)
+    def flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
+        """As in `Objective`: the head runs on the tokens that count, and for further tokens on all."""
+        return model.flops(T, CAUSAL, counted) + model.ahead_flops(T)
 
-    def answer_logits(self, model: LanguageModel, tokens_BT: Tensor, answers_BT: Tensor) -> Tensor:
-        """Logits [N, vocab_size] of the N tokens where answers_BT is true, each from the tokens before it."""
-        return model.logits(self._hidden(model, tokens_BT)[answers_BT])
+    def _hidden(self, model: Model, batch: Batch) -> Tensor:
+        inputs_BT = F.pad(batch.tokens_BT[:, :-1], (1, 0), value=self.eot)
+        if batch.starts_BT is not None:
+            inputs_BT = inputs_BT.masked_fill(batch.starts_BT, self.eot)
+        return model.hidden(inputs_BT, CAUSAL.packed(batch.starts_BT))
 
-    def _hidden(self, model: LanguageModel, tokens_BT: Tensor) -> Tensor:
-        return model.hidden(F.pad(tokens_BT[:, :-1], (1, 0), value=self.eot), CAUSAL)
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """As in `Objective`: each from the tokens before it."""
+        return model.logits(self._hidden(model, batch)[batch.counted_BT])
 
-    def _nats(self, model: LanguageModel, hidden_BTD: Tensor, tokens_BT: Tensor, answers_BT: Tensor | None) -> Tensor:
-        if answers_BT is not None:
-            return nats_at(model.logits(hidden_BTD[answers_BT]), tokens_BT, answers_BT)
-        logits_BTV = model.logits(hidden_BTD)
-        return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten(), reduction="none").view_as(tokens_BT)
-
-    def loss(
-        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
-    ) -> Tensor:
-        """Mean nats a token, or an answer where these are marked, and the weighted loss of the further tokens: a scalar
-        with gradients. The generator is not used."""
-        hidden_BTD = self._hidden(model, tokens_BT)
-        loss = mean_nats(self._nats(model, hidden_BTD, tokens_BT, answers_BT), answers_BT)
+    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
+        """As in `Objective`, with the weighted loss of the further tokens. The generator is not used."""
+        hidden_BTD, counted_BT = self._hidden(model, batch), batch.counted_BT
+        nats_BT = nats_at(model.logits(hidden_BTD[counted_BT]), batch.tokens_BT, counted_BT)
+        loss = mean_nats(nats_BT, batch.weights_BT)
         if not self.ahead:
             return loss
+        visibility = CAUSAL.packed(batch.starts_BT)
         further = []
-        for k, ahead_BTD in enumerate(model.look_ahead(hidden_BTD, tokens_BT), 1):
-            nats_BT = self._nats(model, ahead_BTD, tokens_BT[:, k:], None)
-            if answers_BT is not None:
-                nats_BT = nats_BT * answers_BT[:, k:]
-            further.append(mean_nats(nats_BT, None if answers_BT is None else answers_BT[:, k:]))
+        for k, ahead_BTD in enumerate(model.look_ahead(hidden_BTD, batch.tokens_BT, visibility), 1):
+            weights_BT = batch.weights_BT[:, k:]
+            if visibility.starts_BL is not None:
+                document_BT = visibility.documents()
+                weights_BT = weights_BT * (document_BT[:, k:] == document_BT[:, :-k])
+            everywhere_BT = torch.ones_like(weights_BT, dtype=torch.bool)
+            nats_BT = nats_at(model.logits(ahead_BTD[everywhere_BT]), batch.tokens_BT[:, k:], everywhere_BT)
+            further.append(mean_nats(nats_BT, weights_BT))
         return loss + self.ahead_weight * torch.stack(further).mean()
 
     @torch.no_grad()
-    def bound(
-        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
-    ) -> Likelihood:
-        """Exact -log p of each sequence, or of its answers given what stands before each. The generator is not used."""
-        nats_BT = self._nats(model, self._hidden(model, tokens_BT), tokens_BT, answers_BT)
+    def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
+        """As in `Objective`, exact. The generator is not used."""
+        nats_BT = nats_at(self.logits(model, batch), batch.tokens_BT, batch.counted_BT)
         return Likelihood(nats_BT.double().sum(1), variance=0.0, exact=True)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: LanguageModel,
-        prompt_BT: Tensor,
-        length: int,
-        generator: Generator,
-        draw: Draw = Draw(),
-        sampler: None = None,
-    ) -> Samples:
-        """Continue prompt [B, P] (P may be 0) to `length` tokens, one at a time from the cached state.
+    def denoiser(self, model: Model) -> "Continuation":
+        return Continuation(model, self.eot)
 
-        Raises:
-            ValueError: for a sampler, a prompt with gaps, or one that is no shorter than the length.
-        """
-        B, P = prompt_BT.shape
-        if sampler is not None:
-            raise ValueError(f"next_token makes one token after the other: leave sampler={sampler} out")
-        if (prompt_BT == GAP).any():
-            raise ValueError("next_token cannot fill gaps, only continue: choose a diffusion objective for them")
-        if P >= length:
-            raise ValueError(f"the prompt has {P} tokens already: ask for a length above that, not {length}")
-        tokens = F.pad(prompt_BT, (1, 0), value=self.eot)
-        logits_BTV, states = model.prefill(tokens)
-        logits_BV, new = logits_BTV[:, -1], []
-        for position in range(P, length):
-            new.append(draw(logits_BV, generator))
-            if position + 1 < length:
-                logits_BV, states = model.step(new[-1], states)
-        return Samples(torch.cat([prompt_BT, torch.stack(new, 1)], dim=1), length - P, length - P)
+    def default_sampler(self, request: Request) -> Autoregression:
+        return Autoregression()
 
-    def sampling_flops(self, model: LanguageModel, samples: Samples) -> float:
-        """FLOPs of one sequence of these samples: each token is run once from the cached state, which in all is one
-        causal pass, and the head on the new ones."""
-        return model.flops(samples.tokens_BT.shape[1], CAUSAL, 0.0) + samples.predictions * model.head_flops
+    def sampling_flops(self, model: LanguageModel, request: Request, samples: Samples) -> float:
+        """As in `Objective`: each token is run once from the cached state, which in all is one causal pass, those that
+        the copies of a prompt share once for all of them; and the head on the tokens drawn."""
+        shared = min(map(len, request.prompts))
+        saved = (1 - 1 / request.copies) * model.flops(shared, CAUSAL, 0.0) if shared else 0.0
+        passes = fmean(model.flops(T, CAUSAL, 0.0) for T in samples.lengths_B.tolist())
+        return passes - saved + samples.predictions * model.head_flops
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A model that is decoded token by token; see `NextTokenDenoiser`."""
+
+    model: Model
+    start: int
+
+    def empty_states(self, batch: int) -> list[State]:
+        return self.model.empty_states(batch)
+
+    def extend(self, tokens_BT: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+        hidden_BTD, states = self.model.extend(tokens_BT, states, CAUSAL)
+        return self.model.logits(hidden_BTD[:, -1]), states

@@ -1,7 +1,10 @@
 """When and where noise falls: schedules, ways of drawing times, and masks.
 
-Objectives reckon in the share of tokens that are noised, p = 1 - alpha. A schedule says how p grows with the time t in
-[0, 1], and so how often training sees which p. What a bound integrates over is p, so no bound depends on the schedule.
+Shape letters: N sequences or blocks, T tokens of each.
+
+Objectives reckon in the fraction of tokens that are noised, p = 1 - alpha. A schedule says how p grows with the time t
+in [0, 1], and so how often training sees which p. What a bound integrates over is p, so no bound depends on the
+schedule.
 """
 
 import math
@@ -54,15 +57,15 @@ def check(schedule: Schedule, times: str) -> None:
     p = schedule.noised(torch.linspace(0, 1, 101, dtype=torch.float64))
     if not (abs(p[0]) < 1e-6 and abs(p[-1] - 1) < 1e-6 and (p.diff() > -1e-9).all()):
         raise ValueError(
-            f"{schedule} noises a share {p[0]:.4g} of the tokens at t = 0 and {p[-1]:.4g} at t = 1: it must rise from 0 to "
-            "1, or the bound leaves out what lies beyond"
+            f"{schedule} noises a fraction {p[0]:.4g} of the tokens at t = 0 and {p[-1]:.4g} at t = 1: it must rise "
+            "from 0 to 1, or the bound leaves out what lies beyond"
         )
     if times not in TIMES:
         raise ValueError(f"times={times!r} must be one of {', '.join(TIMES)}")
 
 
 def uniform(shape, generator: Generator) -> Tensor:
-    """float64 uniforms on [0, 1) on the generator's device: float32 has too coarse a grid near 0."""
+    """Uniforms on [0, 1) in float64, on the generator's device: float32 has too coarse a grid near 0."""
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 
@@ -85,6 +88,8 @@ def draw_times(n: int, times: str, generator: Generator) -> Tensor:
         case "rotated":
             grid = torch.arange(n, device=generator.device, dtype=torch.float64) / n
             u = (uniform((1,), generator) + grid) % 1
+        case _:
+            raise ValueError(f"times={times!r} must be one of {', '.join(TIMES)}")
     return 1 - u
 
 
@@ -98,12 +103,13 @@ def mask_some(noisable_NT: Tensor, generator: Generator) -> tuple[Tensor, Tensor
     Returns:
         masked_NT: bool.
         weight_N: n / k, of the nats summed over the masked tokens; 1 in a row with nothing to noise.
-        p_N: the share noised, drawn from its law given k masked tokens, Beta(k, n - k + 1): what a timed model is told.
+        p_N: the fraction noised, drawn from its distribution given k masked tokens, Beta(k, n - k + 1): what a timed
+            model is told.
     """
     noisable_NT = noisable_NT.to(generator.device)
     n_N = noisable_NT.sum(1)
     k_N = ((1 - draw_times(len(n_N), "stratified", generator)) * n_N).long() + 1
-    # The k smallest of n uniforms are any k of the tokens, and the k-th smallest itself follows that Beta law.
+    # The k smallest of n uniforms are any k of the tokens, and the k-th smallest itself follows that Beta distribution.
     u_NT = uniform(noisable_NT.shape, generator).masked_fill(~noisable_NT, 2.0)
     sorted_NT, order_NT = u_NT.sort(1)
     masked_NT = (order_NT.argsort(1) < k_N[:, None]) & noisable_NT

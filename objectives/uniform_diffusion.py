@@ -1,25 +1,31 @@
-"""Uniform-state diffusion: noise replaces tokens by random ones, so that a sampler can revise what it wrote."""
+"""Uniform-state diffusion: noise replaces tokens by random ones, so that a sampler can revise what it wrote.
+
+Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch. As in the papers, K is the number
+    of ids.
+"""
+
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
-from objectives.likelihood import Likelihood, bound_by, check_draws, everywhere, mean_nats
+from objectives.contracts import Batch, Model, Objective, Request, Samples
+from objectives.decoding.revising import Revise
+from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats
 from objectives.noise import Polynomial, Schedule, check, draw_times, uniform
-from objectives.sampling import Draw, Samples, check_steps, choose, gaps_of
 
 
-class UniformDiffusion:
-    """Continuous-time diffusion towards the uniform law (UDLM, Schiff et al., arXiv 2412.10193; Duo, Sahoo et al.,
-    2506.10892): each token is replaced by a uniform one with probability p = 1 - a. With K tokens, x the one-hot clean
-    token, q the model's law of it, X = K a x + p and Q = K a q + p, and i the noised token,
+class UniformDiffusion(Objective):
+    """Continuous-time diffusion towards the uniform distribution (UDLM, Schiff et al., arXiv 2412.10193; Duo, Sahoo et
+    al., 2506.10892): each token is replaced by a uniform one with probability p = 1 - a. With K tokens, x the one-hot
+    clean token, q the model's distribution of it, X = K a x + p and Q = K a q + p, and i the noised token,
 
         -log p(x) <= integral_0^1 E[ 1 / (K a) (K / Q_i - K / X_i + sum_j X_j / X_i log((Q_i X_j) / (Q_j X_i))) ] dp
 
-    summed over positions. It is tight for a model that gives the law of a token from all noised tokens but its own;
-    the law from all of them, its own too, gives more than -log p.
+    summed over positions. It is tight for a model that gives the distribution of a token from all noised tokens but its
+    own; the one from all of them, its own too, gives more than -log p.
 
     Args:
         vocab_size: number of token ids of the data, and of the model.
@@ -29,13 +35,14 @@ class UniformDiffusion:
             variance has no bound.
         times: how a batch's times are drawn (see `draw_times`).
         timed: whether the model is told p, which the tokens do not show.
-        evaluation_draws: independent draws of noise for `bound`, at least 2 (their spread gives the error).
+        evaluation_draws: independent draws of noise for `evaluate`, at least 2 (their spread gives the error).
 
     Raises:
         ValueError: for a schedule that does not end with every token noised, or an option that is not one of these.
     """
 
     visibility = BIDIRECTIONAL
+    samplers = (Revise,)
 
     def __init__(
         self,
@@ -52,24 +59,25 @@ class UniformDiffusion:
         self.model_options = {"timed": True} if timed else {}
         self.schedule, self.times, self.timed, self.evaluation_draws = schedule, times, timed, evaluation_draws
 
-    def flops(self, model: LanguageModel, T: int, scored: float = 1.0) -> float:
-        """Forward FLOPs of training on a sequence of T tokens, `scored` of which are answers: the head runs on them."""
-        return model.flops(T, BIDIRECTIONAL, scored)
+    def flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
+        """As in `Objective`: the head runs on the tokens that count."""
+        return model.flops(T, BIDIRECTIONAL, counted)
 
-    def _log_law(self, model: LanguageModel, noised_BT: Tensor, where_BT: Tensor, p_B: Tensor) -> Tensor:
-        """log q [N, vocab_size] float64 at the N positions where where_BT is true."""
+    def _log_probs(self, model: Model, noised_BT: Tensor, batch: Batch, p_B: Tensor) -> Tensor:
+        """log q [N, V] float64 at the tokens that count, of which a fraction p_B is noised."""
         time = {"time": p_B.to(noised_BT.device)[:, None]} if self.timed else {}
-        hidden_BTD = model.hidden(noised_BT, BIDIRECTIONAL, **time)
-        return model.logits(hidden_BTD[where_BT]).double().log_softmax(-1)
+        hidden_BTD = model.hidden(noised_BT, BIDIRECTIONAL.packed(batch.starts_BT), **time)
+        return model.logits(hidden_BTD[batch.counted_BT]).double().log_softmax(-1)
 
-    def answer_logits(self, model: LanguageModel, tokens_BT: Tensor, answers_BT: Tensor) -> Tensor:
-        """Logits [N, vocab_size] of the N tokens where answers_BT is true, these replaced by random ones."""
-        random_BT = torch.randint(self.vocab_size, tokens_BT.shape, generator=torch.Generator().manual_seed(0))
-        noised_BT = torch.where(answers_BT, random_BT.to(tokens_BT.device), tokens_BT)
-        return self._log_law(model, noised_BT, answers_BT, torch.ones(len(tokens_BT)))
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """As in `Objective`: the tokens that count are all replaced by random ones, the same for each call."""
+        generator, shape = torch.Generator().manual_seed(0), batch.tokens_BT.shape
+        random_BT = torch.randint(self.vocab_size, shape, generator=generator).to(batch.tokens_BT.device)
+        noised_BT = torch.where(batch.counted_BT, random_BT, batch.tokens_BT)
+        return self._log_probs(model, noised_BT, batch, torch.ones(len(noised_BT)))
 
     def integrand(self, log_q_NV: Tensor, clean_N: Tensor, noised_N: Tensor, p_N: Tensor) -> Tensor:
-        """What the integral over p is of, [N] float64, for log q [N, vocab_size] and p in [0, 1)."""
+        """The integrand of the bound over p, [N] float64, for log q [N, V] and p in [0, 1)."""
         K, a_N = self.vocab_size, 1 - p_N
         log_Q_NV = torch.logaddexp(log_q_NV + (K * a_N).log()[:, None], p_N.log()[:, None])
         # X is K a + p at the clean token and p at the K - 1 others.
@@ -83,89 +91,53 @@ class UniformDiffusion:
         inside_N = K / log_Q_i.exp() - K / X_i + (K * (log_Q_i - X_i.log()) + X_log_X - X_log_Q) / X_i
         return inside_N / (K * a_N)
 
-    def _nats(self, model: LanguageModel, tokens_BT: Tensor, where_BT: Tensor, generator: Generator) -> Tensor:
-        """A one-draw estimate of the bound, token by token, [B, T] float64; 0 outside where_BT."""
+    def _nats(self, model: Model, batch: Batch, generator: Generator) -> Tensor:
+        """A one-draw estimate of the bound, token by token, [B, T] float64; 0 at tokens that do not count."""
+        tokens_BT, where_BT = batch.tokens_BT, batch.counted_BT
         device, (B, T) = tokens_BT.device, tokens_BT.shape
         t_B = 1 - draw_times(B, self.times, generator)  # in [0, 1): at p = 1 the integrand is 0 / 0
         p_B = self.schedule.noised(t_B)
         hit_BT = (uniform((B, T), generator) < p_B[:, None]).to(device) & where_BT
         random_BT = torch.randint(self.vocab_size, (B, T), generator=generator, device=generator.device).to(device)
         noised_BT = torch.where(hit_BT, random_BT, tokens_BT)
-        log_q_NV = self._log_law(model, noised_BT, where_BT, p_B)
+        log_q_NV = self._log_probs(model, noised_BT, batch, p_B)
         p_BT, rate_BT = (x.to(device)[:, None].expand(B, T) for x in (p_B, self.schedule.rate(t_B)))
         nats_N = self.integrand(log_q_NV, tokens_BT[where_BT], noised_BT[where_BT], p_BT[where_BT])
         nats_N = nats_N * rate_BT[where_BT]
         return nats_N.new_zeros(B, T).masked_scatter(where_BT, nats_N)
 
-    def loss(
-        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
-    ) -> Tensor:
-        """One-draw estimate of the bound in mean nats a token, or an answer where these are marked: only they are then
-        ever noised."""
-        return mean_nats(self._nats(model, tokens_BT, everywhere(tokens_BT, answers_BT), generator), answers_BT).float()
+    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
+        """As in `Objective`: a one-draw estimate of the bound."""
+        return mean_nats(self._nats(model, batch, generator), batch.weights_BT).float()
 
     @torch.no_grad()
-    def bound(
-        self, model: LanguageModel, tokens_BT: Tensor, generator: Generator, answers_BT: Tensor | None = None
-    ) -> Likelihood:
-        """The bound over the whole range of noise, from the least to all."""
-        where_BT = everywhere(tokens_BT, answers_BT)
-        return bound_by(
-            lambda generator: self._nats(model, tokens_BT, where_BT, generator).sum(1), self.evaluation_draws, generator
-        )
+    def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
+        """As in `Objective`: the bound over the whole range of noise, from the least to all."""
+        return bound_by(lambda generator: self._nats(model, batch, generator).sum(1), self.evaluation_draws, generator)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        model: LanguageModel,
-        prompt_BT: Tensor,
-        length: int,
-        generator: Generator,
-        draw: Draw = Draw(),
-        sampler: "Revise | None" = None,
-    ) -> Samples:
-        """Fill the gaps (-1) of a prompt [B, P] and all behind it up to `length`: from random tokens, which every step
-        of `sampler` (None: `Revise` with as many steps as gaps) may change again.
+    def denoiser(self, model: Model) -> "NoisedSequence":
+        return NoisedSequence(model, self.vocab_size, self.timed)
 
-        Raises:
-            ValueError: for a prompt without a gap that is no shorter than the length, or another kind of sampler.
-        """
-        tokens_BT, gaps_BT = gaps_of(prompt_BT, length, 0)
-        sampler = Revise(int(gaps_BT.sum(1).max())) if sampler is None else sampler
-        if not isinstance(sampler, Revise):
-            raise ValueError(f"uniform diffusion has no gaps to fill one by one: use Revise(steps), not {sampler}")
-        random_BT = torch.randint(self.vocab_size, tokens_BT.shape, generator=generator, device=generator.device)
-        tokens_BT = torch.where(gaps_BT, random_BT.to(tokens_BT.device), tokens_BT)
-        for left in range(sampler.steps, 0, -1):
-            p, after = left / sampler.steps, (left - 1) / sampler.steps
-            log_q_NV = self._log_law(model, tokens_BT, gaps_BT, torch.full((len(tokens_BT),), p, dtype=torch.float64))
-            law_NV = posterior(draw.probabilities(log_q_NV), tokens_BT[gaps_BT], p, after)
-            tokens_BT = tokens_BT.masked_scatter(gaps_BT, choose(law_NV, generator))
-        return Samples(tokens_BT, sampler.steps, sampler.steps * int(gaps_BT.sum()) / len(tokens_BT))
+    def default_sampler(self, request: Request) -> Revise:
+        """As many steps as masked positions."""
+        _, masked_BT = request.canvas(0)
+        return Revise(int(masked_BT.sum(1).max()))
 
-    def sampling_flops(self, model: LanguageModel, samples: Samples) -> float:
-        """FLOPs of one sequence of these samples."""
+    def sampling_flops(self, model: LanguageModel, request: Request, samples: Samples) -> float:
+        """As in `Objective`: passes over the whole of each sequence, and the head where it was read."""
         T = samples.tokens_BT.shape[1]
         return samples.evaluations * model.flops(T, BIDIRECTIONAL, 0.0) + samples.predictions * model.head_flops
 
 
-def posterior(q_NV: Tensor, noised_N: Tensor, p: float, after: float) -> Tensor:
-    """The law of a token with noise `after` < p given itself with noise p and the law q of the clean one, [N, V]
-    (UDLM, equation 16)."""
-    K, a, b = q_NV.shape[1], 1 - p, 1 - after
-    step = a / b
-    z_NV = F.one_hot(noised_N, K).to(q_NV)
-    law_NV = K * a * q_NV * z_NV + (step - a) * z_NV + (b - a) * q_NV + (1 - step) * after / K
-    return law_NV / law_NV.sum(1, keepdim=True)
+@dataclass(frozen=True)
+class NoisedSequence:
+    """A model that runs the whole noised sequence in every pass; see `UniformDenoiser`."""
 
+    model: Model
+    vocab_size: int
+    timed: bool
 
-class Revise:
-    """The reverse process in `steps` equal steps of p from 1 to 0.
-
-    Raises:
-        ValueError: for steps below 1.
-    """
-
-    def __init__(self, steps: int):
-        check_steps(steps)
-        self.steps = steps
+    def __call__(self, tokens_BT: Tensor, where_BT: Tensor, noised_B: Tensor) -> Tensor:
+        time = {"time": noised_B[:, None]} if self.timed else {}
+        hidden_BTD = self.model.hidden(tokens_BT, BIDIRECTIONAL, **time)
+        return self.model.logits(hidden_BTD[where_BT]).double().log_softmax(-1)

@@ -1,14 +1,17 @@
 """What tests of several folders share: composed configs and a corpus that fits in a test."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from experiments.data.token_data import TokenData
+from experiments.harness.identity import run_of
 
 # Read when Triton is first imported, by whomever: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -17,16 +20,30 @@ if not torch.cuda.is_available():
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+@cache  # composing takes longer than most tests
+def composed(*overrides: str) -> DictConfig:
+    small = ["budget.flops=3e8", "arch.width=16", "trainer.evaluations=1", "data.sequence_length=32"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [*small, "session.root=ROOT", "session.progress=false", *overrides])
+
+
 @pytest.fixture
 def make_config(tmp_path):
-    """overrides -> the config of `experiments.train`, small, rooted in the test's own folder."""
+    """Returns overrides -> the config of `experiments.train`, small, rooted in the test's own folder."""
 
     def make(*overrides: str):
-        small = ["budget.flops=3e8", "arch.width=16", "trainer.evaluations=1", "data.sequence_length=32"]
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("train", [*small, f"root={tmp_path / 'runs'}", "trainer.progress=false", *overrides])
+        config = composed(*overrides).copy()
+        if config.session.root == "ROOT":
+            config.session.root = str(tmp_path / "runs")
+        return config
 
     return make
+
+
+@pytest.fixture
+def make_run(make_config):
+    """Returns overrides -> a small run."""
+    return lambda *overrides: run_of(make_config(*overrides))
 
 
 @pytest.fixture(scope="session")

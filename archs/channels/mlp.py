@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archs.contracts import Channel
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -16,6 +18,10 @@ ACTIVATIONS = {
 
 
 def check_activation(activation: str, gated: bool) -> None:
+    """
+    Raises:
+        ValueError: for an activation that is not known, or that cannot do without a gate.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not known: choose one of {sorted(ACTIVATIONS)}")
     if activation == "clamped_silu" and not gated:
@@ -23,7 +29,7 @@ def check_activation(activation: str, gated: bool) -> None:
 
 
 def activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
-    """Hidden layer [..., H], or [..., 2 H] with the gate in the first half where gated, -> [..., H].
+    """The hidden layer [..., H] after its activation; where gated it comes as [..., 2 H], the gate in the first half.
 
     `clamped_silu` is gpt-oss's: the gate is at most 7, the other half within -7 and 7 and shifted by one.
     """
@@ -36,17 +42,17 @@ def activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
 
 
 def hidden_width(width: int, expansion: float | None, multiple_of: int, hidden: int | None) -> int:
-    """`hidden` where it is given, else `expansion` times the width rounded up to a multiple."""
+    """Returns `hidden` where it is given, else `expansion` times the width rounded up to a multiple."""
     if (expansion is None) == (hidden is None):
         raise ValueError(f"expansion {expansion} and hidden {hidden}: give one of them, and leave the other out")
-    if hidden is None:
+    if expansion is not None:
         hidden = -(-int(expansion * width) // multiple_of) * multiple_of
-    if hidden < 1:
+    if hidden is None or hidden < 1:
         raise ValueError(f"a hidden width of {hidden} at width {width} is empty: raise expansion or hidden")
     return hidden
 
 
-class MLP(nn.Module):
+class MLP(Channel):
     """Two-layer perceptron, plain or gated: out(act(up x)) or out(act(gate x) * up x) (Shazeer, arXiv 2002.05202).
 
     Args:
@@ -62,8 +68,6 @@ class MLP(nn.Module):
     Raises:
         ValueError: for an unknown activation, or unless exactly one of `expansion` and `hidden` is given.
     """
-
-    inactive_params = 0
 
     def __init__(
         self,
@@ -84,8 +88,11 @@ class MLP(nn.Module):
         self.out_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """x [..., width] -> the same shape."""
+        """Bring x [..., width] to the same shape."""
         return self.out_proj(activate(self.gate_up(x_BTD), self.activation, self.gated))
+
+    def residual_projections(self) -> tuple[nn.Linear]:
+        return (self.out_proj,)
 
     def flops(self, T: int) -> int:
         """Forward FLOPs of one sequence of T tokens."""

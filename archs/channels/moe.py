@@ -1,51 +1,22 @@
-"""Mixture of experts."""
+"""Mixture of experts.
 
-from collections.abc import Sequence
+Shape letters: B sequences, T tokens of each, N tokens in all, D model width, E experts, K experts per token, P = N K
+pairs of a token and an expert.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archs.channels.experts import ExpertLinear
 from archs.channels.mlp import MLP, activate, check_activation, hidden_width
 from archs.channels.router import Router
+from archs.contracts import Channel
 
 ROWS = 64  # bfloat16 on CPUs: an expert's tokens are filled up to a multiple of this
 
 
-class ExpertLinear(nn.Module):
-    """One linear layer an expert.
-
-    weight: [experts, out_features, in_features]; bias: [experts, out_features] or None.
-    """
-
-    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, segments: Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
-        """Each segment [n, in_features], with n its own, through the expert named beside it -> [n, out_features]."""
-        # Where autograd records, indexing would cost a gradient as large as all experts for each of them; unbind stacks
-        # them once. Where it does not, unbind would cost a view of each expert for the few that one token uses.
-        weights, biases = (
-            p.unbind() if p is not None and torch.is_grad_enabled() else p for p in (self.weight, self.bias)
-        )
-        return [
-            F.linear(x, weights[e], None if biases is None else biases[e])
-            for x, e in zip(segments, experts, strict=True)
-        ]
-
-
-class MoE(nn.Module):
+class MoE(Channel):
     """Mixture of experts (Shazeer et al., arXiv 1701.06538): each token goes through the `top_k` experts that its
     router chooses, weighted by their gates, and through the shared experts (DeepSeekMoE, arXiv 2401.06066).
 
@@ -112,12 +83,12 @@ class MoE(nn.Module):
         self.asked = self.computed = 0
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """x [B, T, width] -> the same shape. In training it sets `auxiliary_losses`."""
+        """Bring each token of x through its experts."""
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, load_E = self.router(x_ND)
         loads = self._on_host(load_E, chosen_NK.numel())
         active = [e for e, load in enumerate(loads) if load]
-        # All pairs of a token and an expert, P = N K of them, by expert: each expert's tokens are one segment.
+        # All pairs of a token and an expert, by expert: each expert's tokens are one segment.
         order_P = chosen_NK.flatten().argsort(stable=True)
         place_P = torch.empty_like(order_P)
         place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
@@ -144,16 +115,18 @@ class MoE(nn.Module):
         """The loads as numbers. Meta tensors have none: even loads stand for them, any loads cost the same."""
         if not load_E.is_meta:
             return load_E.tolist()
-        share, rest = divmod(pairs, len(load_E))
-        return [share + (e < rest) for e in range(len(load_E))]
+        even, rest = divmod(pairs, len(load_E))
+        return [even + (e < rest) for e in range(len(load_E))]
 
-    @property
+    def residual_projections(self) -> tuple[nn.Module, ...]:
+        return (self.out_proj,) if self.shared is None else (self.out_proj, self.shared.out_proj)
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The router's losses in the last forward, coefficients included: "balance", "router_z"; none in evaluation."""
         return self.router.losses
 
     def after_step(self) -> None:
-        """To be called once after each optimiser step: moves the router's choice biases."""
+        """Move the router's choice biases."""
         self.router.update_bias()
 
     def telemetry(self) -> dict[str, float]:
@@ -161,15 +134,15 @@ class MoE(nn.Module):
 
         expert_load: the largest load over the mean load; 1 is even, E / top_k is all tokens to the same experts.
         router_entropy: in nats, of the routing distribution averaged over tokens; log E where all are used alike.
-        dead_experts: share of the experts that no token chose.
-        dropped_tokens: share of the chosen (token, expert) pairs that were not computed.
+        dead_experts: fraction of the experts that no token chose.
+        dropped_tokens: fraction of the chosen (token, expert) pairs that were not computed.
         """
         if not self.loads:
             return {}
         experts = len(self.loads)
         return {
             "expert_load": max(self.loads) * experts / self.asked,
-            "router_entropy": torch.special.entr(self.router.share_E).sum().item(),
+            "router_entropy": torch.special.entr(self.router.fraction_E).sum().item(),
             "dead_experts": self.loads.count(0) / experts,
             "dropped_tokens": 1 - self.computed / self.asked,
         }

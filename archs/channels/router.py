@@ -1,4 +1,7 @@
-"""Which experts a token goes to, and what keeps the experts' loads even."""
+"""Which experts a token goes to, and what keeps the experts' loads even.
+
+Shape letters: N tokens, D model width, E experts, K experts per token.
+"""
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,7 @@ class Router(nn.Module):
     Loads are kept even by any of three means, all off by default. `bias_update_rate` adds to each score a bias that
     only the choice sees (Wang et al., arXiv 2408.15664): no gradient reaches it, `update_bias` moves it once an
     optimiser step by rate * sign(mean load - load). `balance_loss` weighs E * sum_e f_e P_e (Fedus et al., Switch
-    Transformer, arXiv 2101.03961, equation 4), f_e being the share of all choices that fell on e and P_e the mean of
+    Transformer, arXiv 2101.03961, equation 4), f_e being the fraction of all choices that fell on e and P_e the mean of
     e's score, scores of a token made to sum to one; it is taken over all tokens of one forward pass, not over each
     sequence, and is 1 at even loads. `z_loss` weighs the mean squared log-sum-exp of the logits (Zoph et al., ST-MoE,
     arXiv 2202.08906, equation 5), which keeps them small.
@@ -75,13 +78,14 @@ class Router(nn.Module):
         self.route_scale, self.groups, self.group_limit = route_scale, groups, group_limit
         self.bias_update_rate, self.balance_loss, self.z_loss = bias_update_rate, balance_loss, z_loss
         self.linear = nn.Linear(width, experts, bias=bias)
+        self.choice_bias: Tensor | None
         self.register_buffer("choice_bias", None if bias_update_rate is None else torch.zeros(experts))
         self.load_E: Tensor | None = None  # choices since the last update; no buffer, for a step starts without any
-        self.share_E: Tensor | None = None  # mean routing distribution of the last training forward
+        self.fraction_E: Tensor | None = None  # mean routing distribution of the last training forward
         self.losses: dict[str, Tensor] = {}
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x [N, width] -> gates [N, K] in float32 or wider, chosen experts [N, K] and loads [E], int64.
+        """Gates [N, K] in float32 or wider, chosen experts [N, K] and loads [E], int64, of tokens x [N, D].
 
         In training it also sets `losses` (name -> scalar, coefficient included) and adds to the loads of the step.
         """
@@ -112,11 +116,11 @@ class Router(nn.Module):
     def _observe(self, logits_NE: Tensor, scores_NE: Tensor, load_E: Tensor) -> dict[str, Tensor]:
         if self.choice_bias is not None:
             self.load_E = load_E if self.load_E is None else self.load_E + load_E
-        share_E = (scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)).mean(0)
-        self.share_E = share_E.detach()
+        fraction_E = (scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)).mean(0)
+        self.fraction_E = fraction_E.detach()
         losses = {}
         if self.balance_loss:
-            losses["balance"] = self.balance_loss * self.experts * (load_E / load_E.sum() * share_E).sum()
+            losses["balance"] = self.balance_loss * self.experts * (load_E / load_E.sum() * fraction_E).sum()
         if self.z_loss:
             losses["router_z"] = self.z_loss * logits_NE.logsumexp(-1).square().mean()
         return losses
@@ -125,7 +129,7 @@ class Router(nn.Module):
     def update_bias(self) -> None:
         """Move the choice biases by the loads of the forward passes since the last update, summed over processes."""
         load_E, self.load_E = self.load_E, None
-        if load_E is None:
+        if load_E is None or self.choice_bias is None or self.bias_update_rate is None:
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load_E)

@@ -1,16 +1,21 @@
-"""Softmax attention in the forms that transformers since GPT-2 have taken, each an option of one mixer."""
+"""Softmax attention in the forms that transformers since GPT-2 have taken, each an option of one mixer.
+
+Shape letters: B sequences, T tokens, D model width, H query heads, G key-value heads, E dimensions of a head.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archs.contracts import Mixer
 from archs.mixers.heads import heads_for
+from archs.mixers.softmax import attend, positions_of
 from archs.positions import Alibi, Rotary
 from archs.state import KVCache
-from archs.visibility import BIDIRECTIONAL, CAUSAL, BlockCausal, Visibility
+from archs.visibility import Kind, Visibility
 
 
-class Attention(nn.Module):
+class Attention(Mixer[KVCache]):
     """Multi-head, grouped-query or multi-query attention (Ainslie et al., arXiv 2305.13245).
 
     Args:
@@ -24,7 +29,7 @@ class Attention(nn.Module):
         bias: whether the projections have biases.
         window: tokens that a query sees under causal visibility, itself included; under bidirectional visibility as
             many to either side. None: all of them.
-        sinks: one learned score a head that takes part in the softmax and carries no value (gpt-oss).
+        sinks: one learned score per head, which takes part in the softmax and carries no value (gpt-oss).
         gate: the output is multiplied by the sigmoid of a projection of x before the output projection (Qiu et al.,
             arXiv 2505.06708; Qwen3-Next).
         scale: factor on the scores; None for head_dim ** -0.5.
@@ -72,119 +77,64 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(heads * head_dim, width, bias=bias)
 
     @property
-    def visibilities(self) -> frozenset[Visibility]:
-        """Blocks of two copies have no window, whose cache could not take a block back."""
-        return frozenset(Visibility if self.window is None else {CAUSAL, BIDIRECTIONAL})
+    def visibilities(self) -> frozenset[Kind]:
+        """Blocks of two copies have no window."""
+        return frozenset(Kind) if self.window is None else frozenset({Kind.CAUSAL, Kind.BIDIRECTIONAL})
 
     def forward(
-        self, x_BTD: Tensor, visibility: Visibility | BlockCausal, state: KVCache | None = None
+        self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """Mix x [B, T, width]. With a state, x continues the tokens in it and sees them all; of its own tokens one sees
-        those before it, or under bidirectional visibility all."""
-        q, k, v = self.project(x_BTD, state.length if state is not None else 0, visibility.copies)
+        """Mix x; see `Mixer`."""
+        q, k, v = self.project(x_BTD, positions_of(x_BTD, visibility, state))
         if state is not None:
-            k, v = state.append(k, v)
-        return self.output(self.attend(q, k, v, visibility), x_BTD), state
-
-    def project(self, x_BTD: Tensor, offset: int, copies: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, heads, D] and k, v [B, T, KV heads, D], normalised and turned; x starts at position `offset`."""
-        heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if self.q_norm is not None:
-            qk = self._normalise(qk)
-        if isinstance(self.position, Rotary):
-            qk = self.position(qk, offset, copies)
-        q, k = qk.split([self.heads, self.kv_heads], dim=2)
-        return q, k, v
-
-    def _normalise(self, qk: Tensor) -> Tensor:
-        if self.per_head:
-            scale_HD = torch.cat([self.q_norm.expand(self.heads, -1), self.k_norm.expand(self.kv_heads, -1)])
-            return F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps) * scale_HD.to(qk.dtype)
-        q, k = (x.flatten(2) for x in qk.split([self.heads, self.kv_heads], dim=2))
-        q, k = (F.rms_norm(x, w.shape, w.to(x.dtype), self.norm_eps) for x, w in ((q, self.q_norm), (k, self.k_norm)))
-        return torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | BlockCausal) -> Tensor:
-        """y [B, T, heads, D] of q [B, T, heads, D] over k, v [B, S, KV heads, D], of which the last T are q's own."""
-        T, S = q.shape[1], k.shape[1]
-        causal = visibility is CAUSAL
-        windowed = self.window is not None and self.window < S
-        grouped = self.kv_heads != self.heads
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if windowed and causal and T == S and self.sinks is None and not isinstance(self.position, Alibi):
-            return self._banded(q, k, v).transpose(1, 2)
-        mask = None
-        blocks = visibility.copies > 1
-        plain = self.sinks is None and not (windowed or blocks) and not isinstance(self.position, Alibi)
-        if not plain or (causal and T not in (1, S)):
-            mask = self._mask(T, S, visibility, q.dtype, q.device)
-        if self.sinks is not None:
-            # A key of zeros with the sink as its bias and no value is the softmax with one more score.
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-            sinks_HT1 = self.sinks.to(q.dtype)[:, None, None].expand(-1, T, 1)
-            mask = torch.cat([mask.expand(self.heads, -1, -1), sinks_HT1], dim=-1)
-        y_BHTD = F.scaled_dot_product_attention(
+            k, v, state = state.append(k, v)
+        y_BTHE = attend(
             q,
             k,
             v,
-            attn_mask=None if mask is None else mask[None] if mask.dim() == 3 else mask,
-            is_causal=causal and mask is None and T > 1,
+            visibility,
             scale=self.scale,
-            enable_gqa=grouped,
+            window=self.window,
+            alibi=self.position if isinstance(self.position, Alibi) else None,
+            sinks_H=self.sinks,
         )
-        return y_BHTD.transpose(1, 2)
+        return self.output(y_BTHE, x_BTD), state
 
-    def _mask(
-        self, T: int, S: int, visibility: Visibility | BlockCausal, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Visible pairs as booleans [T, S], or as additive biases where sinks or Alibi need them."""
-        position_S = torch.arange(S, device=device) % (S // visibility.copies)
-        distance_TS = position_S[S - T :, None] - position_S
-        if visibility.copies > 1:
-            visible_TS = visibility.visible(T, device)
-        else:
-            visible_TS = distance_TS >= 0 if visibility is CAUSAL else torch.ones_like(distance_TS, dtype=torch.bool)
-        if self.window is not None:
-            visible_TS = visible_TS & (distance_TS.abs() < self.window)
-        if isinstance(self.position, Alibi):
-            return self.position.bias(distance_TS, self.heads).to(dtype).masked_fill(~visible_TS, -torch.inf)
-        if self.sinks is not None:
-            return torch.zeros_like(distance_TS, dtype=dtype).masked_fill(~visible_TS, -torch.inf)
-        return visible_TS
+    def project(self, x_BTD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, E] and k, v [B, T, G, E], normalised and rotated by the positions [T] or [B, T] of x."""
+        heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = self._normalise(qk, self.q_norm, self.k_norm)
+        if isinstance(self.position, Rotary):
+            qk = self.position(qk, position)
+        q, k = qk.split([self.heads, self.kv_heads], dim=2)
+        return q, k, v
 
-    def _banded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal window attention of [B, H, T, D] in blocks of one window: each block of queries reads its own block of
-        keys and the one before, so time and memory grow with T x window and not with T^2."""
-        T, w = q.shape[2], self.window
-        pad = -T % w
-        q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (-1, w)).transpose(1, 2)
-        k, v = (F.pad(x, (0, 0, w, pad)).unfold(2, 2 * w, w).transpose(1, 2).mT for x in (k, v))
-        blocks = q.shape[1]
-        i, j = torch.arange(w, device=q.device)[:, None], torch.arange(2 * w, device=q.device)
-        band = (j > i) & (j <= i + w)
-        # The block before the first one is padding.
-        real = (torch.arange(blocks, device=q.device)[:, None, None] > 0) | (j >= w)
-        mask = (band & real).repeat(q.shape[0], 1, 1)[:, None]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads
-        )
-        return y.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    def _normalise(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
+        if self.per_head:
+            scale_HE = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)])
+            return F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps) * scale_HE.to(qk.dtype)
+        q, k = (x.flatten(2) for x in qk.split([self.heads, self.kv_heads], dim=2))
+        q, k = (F.rms_norm(x, w.shape, w.to(x.dtype), self.norm_eps) for x, w in ((q, q_norm), (k, k_norm)))
+        return torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim))
 
-    def output(self, y_BTHD: Tensor, x_BTD: Tensor) -> Tensor:
-        """What the heads found [B, T, heads, D] -> [B, T, width]; x is the mixer's input, which the gate reads."""
-        y = y_BTHD.flatten(2)
+    def output(self, y_BTHE: Tensor, x_BTD: Tensor) -> Tensor:
+        """Bring what the heads found to [B, T, D]; x is the mixer's input, which the gate reads."""
+        y = y_BTHE.flatten(2)
         if self.gate is not None:
             y = y * self.gate(x_BTD).sigmoid()
         return self.out_proj(y)
+
+    def residual_projections(self) -> tuple[nn.Linear]:
+        return (self.out_proj,)
 
     def empty_state(self, batch: int) -> KVCache:
         weight = self.qkv.weight
         k, v = weight.new_empty(2, batch, 0, self.kv_heads, self.head_dim)
         return KVCache(k, v, self.window)
 
-    def flops(self, T: int, visibility: Visibility | BlockCausal) -> int:
+    def flops(self, T: int, visibility: Visibility) -> int:
         """Forward FLOPs of one sequence: projections, and scores and sums over the visible pairs only. (What runs
         computes unseen pairs too: the upper triangle where no fused kernel skips it, the rest of a band's blocks.)"""
         weights = sum(layer.weight.numel() for layer in (self.qkv, self.gate, self.out_proj) if layer is not None)

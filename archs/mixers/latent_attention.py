@@ -1,16 +1,21 @@
-"""Multi-head latent attention: keys and values of all heads from one small latent vector a token."""
+"""Multi-head latent attention: keys and values of all heads from one small latent vector per token.
+
+Shape letters: B sequences, T tokens, D model width, H heads, N key dimensions without position, V value dimensions, R
+dimensions of the latent, E either of the last two.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archs.contracts import Mixer
 from archs.mixers.heads import heads_for
+from archs.mixers.softmax import attend, positions_of
 from archs.positions import Rotary
 from archs.state import KVCache
-from archs.visibility import CAUSAL, BlockCausal, Visibility
+from archs.visibility import Kind, Visibility
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Mixer[KVCache]):
     """Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
     A token's latent of kv_rank numbers gives the keys and values of all heads; a key of rope_dim numbers, which all
@@ -22,19 +27,18 @@ class LatentAttention(nn.Module):
         width: model width.
         head_dim: dimension of a head's values and of the part of its keys without position; where `heads` is None,
             nearly (see `heads_for`).
-        position: turns the part of queries and keys with position.
+        position: rotates the part of queries and keys with position.
         heads: number of heads, or None for as many as fill the width.
         kv_rank: dimension of the latent; None for 4 head_dim, as in DeepSeek-V3.
         q_rank: dimension of a latent of the queries, or None for queries straight from x.
-        nope_dim, rope_dim: dimensions of the parts of a key without and with position; None for head_dim and half of it.
+        nope_dim, rope_dim: dimensions of the parts of a key without and with position; None for head_dim and half of
+            it.
         scale: factor on the scores; None for (nope_dim + rope_dim) ** -0.5.
         norm_eps: of the norms on the latents.
 
     Raises:
         ValueError: when the width cannot be cut into such heads.
     """
-
-    visibilities = frozenset(Visibility)
 
     def __init__(
         self,
@@ -67,46 +71,38 @@ class LatentAttention(nn.Module):
         self.kv_up = nn.Linear(self.kv_rank, heads * (self.nope_dim + self.value_dim), bias=False)
         self.out_proj = nn.Linear(heads * self.value_dim, width, bias=False)
 
+    @property
+    def visibilities(self) -> frozenset[Kind]:
+        return frozenset(Kind)
+
     def forward(
-        self, x_BTD: Tensor, visibility: Visibility | BlockCausal, state: KVCache | None = None
+        self, x_BTD: Tensor, visibility: Visibility, state: KVCache | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """Mix x [B, T, width]. With a state, x continues the tokens in it and sees them all; of its own tokens one sees
-        those before it, or under bidirectional visibility all."""
-        offset = state.length if state is not None else 0
-        q, latent, k_rope = self.project(x_BTD, self.query_input(x_BTD), offset, visibility.copies)
+        """Mix x; see `Mixer`."""
+        absorbed = state is not None and state.length > 0
+        q, latent, k_rope = self.project(x_BTD, self.query_input(x_BTD), positions_of(x_BTD, visibility, state))
         if state is not None:
-            latent, k_rope = state.append(latent, k_rope)
-        absorbed = offset > 0
-        q, k, v = (x.transpose(1, 2) for x in self.heads_of(q, latent, k_rope, absorbed))
-        T, S = q.shape[2], k.shape[2]
-        causal = visibility is CAUSAL and T > 1
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if causal and absorbed else None
-        if visibility.copies > 1:
-            mask = visibility.visible(T, q.device)
-        y_BHTE = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=self.scale, enable_gqa=absorbed
-        )
-        return self.output(y_BHTE.transpose(1, 2), x_BTD, absorbed), state
+            latent, k_rope, state = state.append(latent, k_rope)
+        y_BTHE = attend(*self.heads_of(q, latent, k_rope, absorbed), visibility, scale=self.scale)
+        return self.output(y_BTHE, absorbed), state
 
     def query_input(self, x_BTD: Tensor) -> Tensor:
-        """What queries are made of: their normalised latent [B, T, q_rank], or x where they have none."""
-        return x_BTD if self.q_down is None else self.q_norm(self.q_down(x_BTD))
+        """Return what queries are made of: their normalised latent [B, T, q_rank], or x where they have none."""
+        return x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
 
-    def project(
-        self, x_BTD: Tensor, query_input: Tensor, offset: int, copies: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, heads, nope_dim + rope_dim], and what is cached: the latent [B, T, 1, kv_rank] and the key with
-        position [B, T, 1, rope_dim]; x starts at position `offset`."""
+    def project(self, x_BTD: Tensor, query_input: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, nope_dim + rope_dim], and what is cached: the latent [B, T, 1, R] and the key with position
+        [B, T, 1, rope_dim]; position: [T] or [B, T]."""
         q_nope, q_rope = (
             self.q_up(query_input).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         )
         latent, k_rope = self.kv_down(x_BTD)[:, :, None].split([self.kv_rank, self.rope_dim], dim=-1)
-        q = torch.cat([q_nope, self.position(q_rope, offset, copies)], dim=-1)
-        return q, self.kv_norm(latent), self.position(k_rope, offset, copies)
+        q = torch.cat([q_nope, self.position(q_rope, position)], dim=-1)
+        return q, self.kv_norm(latent), self.position(k_rope, position)
 
     def heads_of(self, q: Tensor, latent: Tensor, k_rope: Tensor, absorbed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values to attend with: [B, T or S, heads, D] materialised; absorbed, the queries reach into
-        the latent space and the latents themselves are the one head of keys and of values."""
+        """Queries, keys and values to attend with, of H heads materialised; absorbed, the queries reach into the latent
+        space and the latents themselves are the one head of keys and of values."""
         if absorbed:
             k_up_HNR, _ = self._up()
             q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
@@ -117,21 +113,28 @@ class LatentAttention(nn.Module):
         return q, torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1), v
 
     def _up(self) -> tuple[Tensor, Tensor]:
-        """The expansions of a latent to keys [heads, nope_dim, kv_rank] and to values [heads, value_dim, kv_rank]."""
-        return self.kv_up.weight.unflatten(0, (self.heads, -1)).split([self.nope_dim, self.value_dim], dim=1)
+        """The expansions of a latent to keys [H, N, R] and to values [H, V, R]."""
+        k_up_HNR, v_up_HVR = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(
+            [self.nope_dim, self.value_dim], dim=1
+        )
+        return k_up_HNR, v_up_HVR
 
-    def output(self, y_BTHE: Tensor, x_BTD: Tensor, absorbed: bool) -> Tensor:
-        """What the heads found, values or (absorbed) latents -> [B, T, width]."""
+    def output(self, y_BTHE: Tensor, absorbed: bool) -> Tensor:
+        """Bring what the heads found, values or (absorbed) latents, to [B, T, D]."""
         if absorbed:
             y_BTHE = torch.einsum("bthr,hvr->bthv", y_BTHE, self._up()[1])
         return self.out_proj(y_BTHE.flatten(2))
 
+    def residual_projections(self) -> tuple[nn.Linear]:
+        return (self.out_proj,)
+
     def empty_state(self, batch: int) -> KVCache:
         """A cache whose "keys" are the latents and whose "values" are the keys with position."""
         weight = self.kv_down.weight
-        return KVCache(*(weight.new_empty(batch, 0, 1, n) for n in (self.kv_rank, self.rope_dim)))
+        latent, k_rope = (weight.new_empty(batch, 0, 1, n) for n in (self.kv_rank, self.rope_dim))
+        return KVCache(latent, k_rope)
 
-    def flops(self, T: int, visibility: Visibility | BlockCausal) -> int:
+    def flops(self, T: int, visibility: Visibility) -> int:
         """Forward FLOPs of one sequence in the materialised form, scores and sums over the visible pairs only."""
         layers = (self.q_down, self.q_up, self.kv_down, self.kv_up, self.out_proj)
         weights = sum(layer.weight.numel() for layer in layers if layer is not None)

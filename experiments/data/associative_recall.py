@@ -21,8 +21,8 @@ def draw_sequences(
     more, at the start of a slot drawn without replacement with odds power * s^(power - 1) for slot s = 1, 2, ...
     (small powers ask early), and its value follows: the answer. The other places are filled with random tokens.
 
-    Two things differ from the published generator, where any token fills: no filler is a key of the sequence, since in a
-    small vocabulary that would often put a second value behind a key; and the answer stands in the sequence behind
+    Two things differ from the published generator, where any token fills: no filler is a key of the sequence, since in
+    a small vocabulary that would often put a second value behind a key; and the answer stands in the sequence behind
     its query, where theirs has a random token, so that the task is one of plain next tokens.
     """
     keys, values, slots = vocab_size // 2 - 1, vocab_size // 2, sequence_length // 2
@@ -79,7 +79,8 @@ def associative_recall(
     if not pairs or min(pairs) < 1 or max(pairs) > fit:
         raise ValueError(
             f"pairs={pairs} must be numbers from 1 to {fit}: sequence_length={sequence_length} has room for "
-            f"{sequence_length // 4} pairs and as many queries, and vocab_size={vocab_size} has {vocab_size // 2 - 1} keys"
+            f"{sequence_length // 4} pairs and as many queries, and vocab_size={vocab_size} has "
+            f"{vocab_size // 2 - 1} keys"
         )
     if train_sequences < 1 or heldout_sequences < 1:
         raise ValueError(

@@ -94,11 +94,11 @@ def token_bins(
             _check_ids(block, vocab_size, str(path))
             sha256.update(block.tobytes())
 
-    if tokenizer is None:
+    if bytes_per_token is not None:
         pieces = [f"<{i}>".encode() for i in range(vocab_size)]
         heldout_bytes = round(bytes_per_token * heldout_tokens)
     else:
-        known = PretrainedTokenizer(tokenizer)
+        known = PretrainedTokenizer(str(tokenizer))
         pieces = known.pieces
         if (len(pieces), known.eot) != (vocab_size, eot):
             raise ValueError(

@@ -51,6 +51,14 @@ class Tokenizer(Protocol):
         """The ids of each document, without eot."""
 
 
+class Stream(Protocol):
+    """Numbers in a row that are read by slices: an array, a file mapped into memory, or shards as one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TokenData:
     """Tokens for training, and the tokens of a fixed string of held-out bytes.
@@ -60,7 +68,7 @@ class TokenData:
     Where answers are marked, only they are trained on and scored, and all else is given.
     """
 
-    train: np.ndarray  # memory-mapped, 1-D, uint16 or uint32 (vocab_size > 65536); eot after each document
+    train: Stream  # uint16 or uint32 (vocab_size > 65536); eot after each document
     heldout: np.ndarray  # 1-D, same dtype, fixed order
     heldout_bytes: int  # bytes that `heldout` encodes; an eot encodes none
     vocab_size: int  # every id is smaller; eot is one of them
@@ -72,8 +80,8 @@ class TokenData:
     heldout_answers: np.ndarray | None = None
 
     @property
-    def scored(self) -> float:
-        """Share of the training tokens that are trained on."""
+    def counted(self) -> float:
+        """Fraction of the training tokens that are trained on."""
         return 1.0 if self.train_answers is None else float(self.train_answers.mean())
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -95,9 +103,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: int, heldout_fraction: float, cache_dir: str | Path
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    heldout_bytes: int,
+    heldout_fraction: float,
+    cache_dir: str | Path | None = None,
 ) -> TokenData:
-    """Tokens of a corpus. The first call writes them under cache_dir, later ones map the files.
+    """Tokens of a corpus. The first call writes them under cache_dir, later ones map the files. Where that is None it
+    is the environment variable ARCHIPELAGO_CACHE, or .cache/archipelago: it can change no result.
 
     Exact duplicates and empty documents are dropped. A document is held out when its sha256, read as a number
     in [0, 1), is below heldout_fraction, so where it goes depends on its content alone. Both parts are in the
@@ -116,6 +129,7 @@ def prepare(
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie between 0 and 1")
     determined_by = [LAYOUT, corpus.fingerprint(), tokenizer.fingerprint(), heldout_bytes, heldout_fraction]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
+    cache_dir = os.environ.get("ARCHIPELAGO_CACHE", ".cache/archipelago") if cache_dir is None else cache_dir
     folder = Path(cache_dir).expanduser() / f"{corpus.name}-{tokenizer.name}-{key}"
     try:
         return _open(folder)

@@ -12,7 +12,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class ByteTokenizer:
-    """One id a byte, and eot: 257 ids."""
+    """One id per byte, and eot: 257 ids."""
 
     name = "bytes"
     eot = 256
@@ -103,8 +103,9 @@ class PretrainedTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.eot, self.eot_token = eot, eot_token
-        self._byte_ids = [self._tokenizer.token_to_id(character) for character in byte_characters()]
-        if None in self._byte_ids or self._tokenizer.normalizer is not None:
+        byte_ids = [self._tokenizer.token_to_id(character) for character in byte_characters()]
+        self._byte_ids = [i for i in byte_ids if i is not None]
+        if self._byte_ids != byte_ids or self._tokenizer.normalizer is not None:
             raise ValueError(
                 f"{self.path} is not a byte-level BPE tokenizer without a normaliser, so it can lose bytes: "
                 "choose one that is (GPT-2's for instance), or train one with BPETokenizer"

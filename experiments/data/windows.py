@@ -1,17 +1,15 @@
-"""Which tokens a training step and an evaluation see: functions of the data and the seed alone."""
+"""Which tokens a training step and an evaluation see: functions of the data and the seed alone.
 
-from typing import NamedTuple
+Shape letters: B windows of a batch, N windows in all, T tokens.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.data.token_data import Stream
 
-class Batch(NamedTuple):
-    """tokens_BT: int64 windows. answers_BT: bool, the tokens that are trained on and scored, or None for all."""
-
-    tokens_BT: Tensor
-    answers_BT: Tensor | None
+AT_ONCE = 1 << 24  # tokens looked at together
 
 
 def check_enough(tokens_available: int, tokens_asked: int, allow_repeats: bool) -> None:
@@ -35,12 +33,12 @@ class TrainWindows:
     not read. Each pass over the corpus takes them in a fresh permutation drawn from (seed, pass).
 
     Args:
-        train: 1-D tokens; anything with a length and slices.
+        train: the tokens.
         sequence_length: T >= 1.
         seed: >= 0.
     """
 
-    def __init__(self, train: np.ndarray, sequence_length: int, seed: int):
+    def __init__(self, train: Stream, sequence_length: int, seed: int):
         if sequence_length < 1:
             raise ValueError(f"sequence_length={sequence_length} must be at least 1")
         if len(train) < sequence_length:
@@ -53,7 +51,7 @@ class TrainWindows:
         self._pass, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, start: int, size: int) -> Tensor:
-        """tokens_BT, int64 [size, sequence_length]: windows number start to start + size - 1."""
+        """Windows number start to start + size - 1, int64 [size, sequence_length]."""
         if start < 0 or size < 1:
             raise ValueError(f"no batch of size={size} from start={start}: start must be >= 0 and size >= 1")
         T = self.sequence_length
@@ -68,9 +66,28 @@ class TrainWindows:
         return int(self._order[position])
 
 
+def document_starts(tokens: Tensor, eot: int) -> Tensor:
+    """True [B, T] where a document begins in windows [B, T]: at the first token of each, and behind every eot."""
+    starts_BT = torch.ones_like(tokens, dtype=torch.bool)
+    starts_BT[:, 1:] = tokens[:, :-1] == eot
+    return starts_BT
+
+
+def document_lengths(train: Stream, eot: int, sequence_length: int) -> dict[int, float]:
+    """Count the packed documents of each length in a window, in the mean over all windows of the training tokens."""
+    rows, total = max(1, AT_ONCE // sequence_length), np.zeros(sequence_length + 1)
+    windows = len(train) // sequence_length
+    for first in range(0, windows, rows):
+        part = train[first * sequence_length : min(first + rows, windows) * sequence_length]
+        tokens_NT = torch.from_numpy(np.asarray(part).astype(np.int64)).view(-1, sequence_length)
+        begins = np.flatnonzero(document_starts(tokens_NT, eot).numpy())
+        total += np.bincount(np.diff(begins, append=tokens_NT.numel()), minlength=sequence_length + 1)
+    return {int(length): float(total[length] / windows) for length in np.flatnonzero(total)}
+
+
 def heldout_windows(heldout: np.ndarray, sequence_length: int) -> tuple[Tensor, Tensor | None]:
-    """Every held-out token exactly once, in order: (full int64 [N, T], tail int64 [1, t] with 0 < t < T, or
-    None)."""
+    """Every held-out token exactly once, in order: full windows int64 [N, T], and the tail int64 [1, t] with 0 < t < T,
+    or None."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
     tokens = torch.from_numpy(np.asarray(heldout).astype(np.int64))

@@ -1,6 +1,8 @@
 """Batches for Lightning: every one a function of the seed and the step alone, so a resumed run reads on exactly."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -8,53 +10,67 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments.data.token_data import TokenData
-from experiments.data.windows import Batch, TrainWindows, heldout_windows
+from experiments.data.windows import TrainWindows, document_starts, heldout_windows
 from experiments.harness.budget import Allocation
+from objectives.contracts import Batch
+
+
+class DataModule(L.LightningDataModule):
+    """Training windows in the seed's order, and all held-out tokens in one order for every run.
+
+    Args:
+        data: the tokens; where answers are marked, only they count.
+        packed: whether the documents of a window are kept apart.
+        evaluation_batch: held-out windows at a time.
+    """
+
+    def __init__(self, data: TokenData, allocation: Allocation, seed: int, packed: bool, evaluation_batch: int):
+        super().__init__()
+        self.data, self.allocation, self.packed = data, allocation, packed
+        # Both are cut and ordered by length and seed alone, so their windows go together.
+        self.windows = TrainWindows(data.train, allocation.sequence_length, seed)
+        marks = data.train_answers
+        self.answers = None if marks is None else TrainWindows(marks, allocation.sequence_length, seed)
+        self.evaluation_batch = evaluation_batch
+
+    def batch(self, tokens_BT: Tensor, answers_BT: Tensor | None) -> Batch:
+        """These windows with their weights and, where they are packed, the starts of their documents."""
+        batch = Batch.of(tokens_BT)
+        if answers_BT is not None:
+            batch = replace(batch, weights_BT=answers_BT.float())
+        return replace(batch, starts_BT=document_starts(tokens_BT, self.data.eot)) if self.packed else batch
+
+    def train_dataloader(self) -> "TrainBatches":
+        return TrainBatches(self, 0 if self.trainer is None else self.trainer.global_step)
+
+    def val_dataloader(self) -> DataLoader:
+        """All held-out tokens once: full windows in batches, then the shorter rest by itself."""
+        tokens, answers = self._in_order(self.data.heldout), self._in_order(self.data.heldout_answers)
+        batches: Any = list(map(self.batch, tokens, answers or [None] * len(tokens)))
+        return DataLoader(batches, batch_size=None)
+
+    def _in_order(self, stream: np.ndarray | None) -> list[Tensor]:
+        if stream is None:
+            return []
+        full_NT, tail_1T = heldout_windows(stream, self.allocation.sequence_length)
+        batches = list(full_NT.split(self.evaluation_batch)) if len(full_NT) else []
+        return batches + ([] if tail_1T is None else [tail_1T])
 
 
 class TrainBatches:
     """Batches of the steps from `start` on. Its length is that of the whole run, which is what Lightning counts
     against when it resumes in the middle."""
 
-    def __init__(self, windows: TrainWindows, answers: TrainWindows | None, allocation: Allocation, start: int):
-        self.windows, self.answers, self.allocation, self.start = windows, answers, allocation, start
+    def __init__(self, module: DataModule, start: int):
+        self.module, self.start = module, start
 
     def __len__(self) -> int:
-        return self.allocation.steps
+        return self.module.allocation.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.start, self.allocation.steps):
-            first, end = (self.allocation.first_sequence(s) for s in (step, step + 1))
-            answers_BT = None if self.answers is None else self.answers.batch(first, end - first).bool()
-            yield Batch(self.windows.batch(first, end - first), answers_BT)
-
-
-class DataModule(L.LightningDataModule):
-    """Training windows in the seed's order, and all held-out tokens in one order for every run."""
-
-    def __init__(self, data: TokenData, allocation: Allocation, seed: int, evaluation_batch: int):
-        super().__init__()
-        self.data, self.allocation = data, allocation
-        # Both are cut and ordered by length and seed alone, so their windows go together.
-        self.windows, self.answers = (
-            None if stream is None else TrainWindows(stream, allocation.sequence_length, seed)
-            for stream in (data.train, data.train_answers)
-        )
-        self.evaluation_batch = evaluation_batch
-
-    def train_dataloader(self) -> TrainBatches:
-        return TrainBatches(self.windows, self.answers, self.allocation, self.trainer.global_step)
-
-    def val_dataloader(self) -> DataLoader:
-        """All held-out tokens once: full windows in batches, then the shorter rest by itself."""
-        tokens = self._in_order(self.data.heldout)
-        if self.data.heldout_answers is None:
-            answers = [None] * len(tokens)
-        else:
-            answers = [answers_BT.bool() for answers_BT in self._in_order(self.data.heldout_answers)]
-        return DataLoader(list(map(Batch, tokens, answers)), batch_size=None)
-
-    def _in_order(self, stream: np.ndarray) -> list[Tensor]:
-        full_NT, tail_1T = heldout_windows(stream, self.allocation.sequence_length)
-        batches = list(full_NT.split(self.evaluation_batch)) if len(full_NT) else []
-        return batches + ([] if tail_1T is None else [tail_1T])
+        allocation = self.module.allocation
+        for step in range(self.start, allocation.steps):
+            first, end = (allocation.first_sequence(s) for s in (step, step + 1))
+            answers = self.module.answers
+            answers_BT = None if answers is None else answers.batch(first, end - first)
+            yield self.module.batch(self.module.windows.batch(first, end - first), answers_BT)

@@ -14,37 +14,17 @@ from lightning.fabric.utilities.throughput import get_available_flops
 log = logging.getLogger(__name__)
 
 
-def choose_device(accelerator: str) -> torch.device:
-    """The device of `trainer.accelerator`: auto, cpu or cuda."""
-    if accelerator not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"trainer.accelerator={accelerator!r}: choose auto, cpu or cuda")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator=cuda, but torch sees no CUDA device: choose cpu or auto")
-    return torch.device("cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
-
-
-def choose_precision(precision: str, device: torch.device, width: int) -> str:
-    """ "float32" or "bf16" for `trainer.precision`.
-
-    auto takes bf16 on GPUs that have it and on CPUs with AMX from width 256 on: below that the casts cost about
-    what the products save, or more (figures in the README).
-    """
-    if precision not in ("auto", "float32", "bf16"):
-        raise ValueError(f"trainer.precision={precision!r}: choose auto, float32 or bf16")
-    if precision != "auto":
-        return precision
+def best_precision(device: torch.device, width: int) -> str:
+    """ "float32" or "bf16", whichever pays: bf16 on GPUs that have it and on CPUs with AMX from width 256 on. Below
+    that the casts cost about what the products save, or more (figures in docs/measurements.md)."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"
     return "bf16" if width >= 256 and torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def choose_compile(compiled: bool | str, device: torch.device, flops: float) -> bool:
-    """Whether to compile for `trainer.compile`. auto compiles runs that are long enough to win back the compiler's
-    time: it takes about 20 to 40 s and saves about a quarter of a run."""
-    if compiled not in ("auto", True, False):
-        raise ValueError(f"trainer.compile={compiled!r}: choose auto, true or false")
-    if compiled != "auto":
-        return compiled
+def compiling_pays(device: torch.device, flops: float) -> bool:
+    """Whether a run of so many FLOPs is long enough to win back the compiler's time, which is about 20 to 40 s and
+    saves about a quarter of a run."""
     return flops > 200 * peak_flops(device, "float32")
 
 
@@ -78,7 +58,7 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
     unit = 1 if platform.system() == "Darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -1,4 +1,4 @@
-"""The ledger: one JSON line a run, appended whole or not at all, readable by pandas without this module."""
+"""The ledger: one JSON line per run, appended whole or not at all, readable by pandas without this module."""
 
 import errno
 import json
@@ -10,16 +10,20 @@ import pandas as pd
 from filelock import FileLock
 
 COLUMNS = [
-    "id", "status", "error", "kind", "arm", "arch", "objective", "data", "data_digest", "budget_flops", "flops",
-    "flops_6nd", "flops_per_token", "params_total", "params_active", "params_non_embedding", "width", "depth", "tokens",
-    "steps", "batch_tokens", "sequence_length", "learning_rate", "seed", "bits_per_byte", "bits_per_byte_se",
-    "bits_per_byte_data_se", "bits_per_byte_kind", "train_loss", "wall_seconds", "train_seconds", "tokens_per_second",
-    "peak_memory_bytes", "mfu", "state_bytes", "device", "precision", "compiled", "versions", "started", "finished",
-]  # fmt: skip
+    *("id", "status", "error", "kind", "arm", "arch", "objective", "data", "data_digest", "init_from"),
+    *("optimiser", "schedule", "learning_rate", "seed", "batch_tokens", "sequence_length", "tokens", "steps"),
+    *("budget_flops", "flops", "flops_6nd", "flops_per_token"),
+    *("params_total", "params_active", "params_non_embedding", "width", "depth", "state_bytes"),
+    *("bits_per_byte", "bits_per_byte_se", "bits_per_byte_data_se", "bits_per_byte_kind", "train_loss"),
+    *("wall_seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "mfu"),
+    *("device", "precision", "compiled", "versions", "started", "finished"),
+]
+NEEDED = ["id", "status", "kind", "arm"]  # a row of an older version may lack others
 
 
 def append(path: Path, row: dict) -> None:
-    """Append one row, a value for each of COLUMNS. Writers on several processes take turns; a row that does not fit on the disk is taken back.
+    """Append one row, a value for each of COLUMNS. Writers on several processes take turns; a row that does not fit on
+    the disk is taken back.
 
     Raises:
         OSError: when the disk is full, saying so; the ledger is then as it was before.
@@ -47,7 +51,7 @@ def append(path: Path, row: dict) -> None:
 def read(path: Path) -> pd.DataFrame:
     """All good rows, the last one where an id stands twice.
 
-    A row that is no JSON object with the ledger's columns is named in a warning with its line number, skipped, and left
+    A row that is no JSON object with what makes a row is named in a warning with its line number, skipped, and left
     in the file.
     """
     rows: dict[str, dict] = {}
@@ -55,7 +59,7 @@ def read(path: Path) -> pd.DataFrame:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            missing = [column for column in COLUMNS if column not in row]
+            missing = [column for column in NEEDED if column not in row]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing[:5])}")
             rows.pop(row["id"], None)

@@ -14,14 +14,14 @@ class Diverged(RuntimeError):
 
 
 class Telemetry(L.Callback):
-    """Times the training steps and writes about a hundred points a run to TensorBoard.
+    """Times the training steps and writes about a hundred points per run to TensorBoard.
 
     A callback and not part of the module, because Lightning runs it before the checkpoint is written: what it has
     counted is then in the checkpoint of the same step.
 
     Attributes:
         train_seconds, wall_seconds: time in training steps and in all, over all starts of the run.
-        train_loss: running mean over about 50 steps, nats a token: one batch is noise.
+        train_loss: running mean over about 50 steps, nats per token: one batch is noise.
     """
 
     def __init__(self, writer: SummaryWriter, allocation: Allocation, peak_flops: float):
@@ -30,12 +30,12 @@ class Telemetry(L.Callback):
         self.train_loss = math.nan
         self.started = time.perf_counter()
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
         self.step_started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         loss = outputs["loss"].item()  # waits for the device, so that the clock below is honest
-        gradient_norm = float(module.gradient_norm)
+        gradient_norm = float(pl_module.gradient_norm)
         seconds = time.perf_counter() - self.step_started
         self.train_seconds += seconds
         if not math.isfinite(loss) or not math.isfinite(gradient_norm):
@@ -52,12 +52,12 @@ class Telemetry(L.Callback):
                 tokens_per_second=batch.tokens_BT.numel() / seconds,
                 model_flops_utilisation=flops_per_second / self.peak_flops,
                 petaflops=self.tokens(trainer.global_step) * self.allocation.flops_per_token / 1e15,
-                **{name: loss.item() for name, loss in module.auxiliary_losses.items()},
-                **module.model.telemetry(),
+                **{name: loss.item() for name, loss in pl_module.auxiliary_losses.items()},
+                **pl_module.model.telemetry(),
             )
 
-    def on_validation_end(self, trainer, module) -> None:
-        self.write("heldout", trainer.global_step, bits_per_byte=module.bits_per_byte)
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.write("heldout", trainer.global_step, bits_per_byte=pl_module.bits_per_byte)
 
     def tokens(self, step: int) -> int:
         return self.allocation.first_sequence(step) * self.allocation.sequence_length
@@ -76,6 +76,6 @@ class Telemetry(L.Callback):
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("train_seconds", "train_loss", "wall_seconds")}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.train_seconds, self.train_loss = state["train_seconds"], state["train_loss"]
-        self.earlier_seconds = state["wall_seconds"]
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.train_seconds, self.train_loss = state_dict["train_seconds"], state_dict["train_loss"]
+        self.earlier_seconds = state_dict["wall_seconds"]

@@ -4,13 +4,13 @@ import math
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from archs.language_model import LanguageModel
-from experiments.data.windows import Batch
-from experiments.harness.optim import adamw, warmup_then_linear
+from experiments.harness.optimisers import Optimiser
+from experiments.harness.schedules import Schedule, scheduled
 from experiments.harness.telemetry import Diverged
+from objectives.contracts import Batch, Objective
 
 EVALUATION_SEED = 1  # the same masks for every run, so that arms and sizes are paired
 
@@ -28,27 +28,30 @@ class TrainingModule(L.LightningModule):
 
     evaluated_at = -1
 
-    def __init__(self, model: LanguageModel, objective, steps: int, optim: DictConfig, heldout_bytes: int, seed: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        optimiser: Optimiser,
+        schedule: Schedule,
+        gradient_clip: float,
+        steps: int,
+        heldout_bytes: int,
+        seed: int,
+    ):
         super().__init__()
-        self.model, self.objective, self.steps, self.optim = model, objective, steps, optim
-        self.heldout_bytes, self.seed = heldout_bytes, seed
+        self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
+        self.gradient_clip, self.steps, self.heldout_bytes, self.seed = gradient_clip, steps, heldout_bytes, seed
 
-    def configure_optimizers(self) -> dict:
-        o = self.optim
-        optimizer = adamw(
-            self.model,
-            learning_rate=o.learning_rate,
-            base_width=o.base_width,
-            betas=o.betas,
-            weight_decay=o.weight_decay,
-        )
-        schedule = warmup_then_linear(optimizer, self.steps, o.warmup)
+    def configure_optimizers(self) -> dict:  # pyrefly: ignore[bad-override]
+        optimizer = self.optimiser.build(self.model.roles(), self.model.width)
+        schedule = scheduled(optimizer, self.schedule, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # A generator made anew from (seed, step) needs no place in the checkpoint.
         generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
-        loss = self.objective.loss(self.model, batch.tokens_BT, generator, batch.answers_BT)
+        loss = self.objective.loss(self.model, batch, generator)
         self.auxiliary_losses = self.model.auxiliary_losses()
         return loss + sum(self.auxiliary_losses.values())
 
@@ -58,14 +61,14 @@ class TrainingModule(L.LightningModule):
         self.model.after_step()
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optim.gradient_clip)
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
 
     def on_validation_epoch_start(self) -> None:
         self.nats, self.variance = [], 0.0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator().manual_seed(EVALUATION_SEED + batch_idx)
-        likelihood = self.objective.bound(self.model, batch.tokens_BT, generator, batch.answers_BT)
+        likelihood = self.objective.evaluate(self.model, batch, generator)
         self.nats.append(likelihood.nats_B.cpu())
         self.variance += likelihood.variance
         self.exact = likelihood.exact

@@ -5,17 +5,23 @@ it; `fit_projection` is variable projection (Czech et al., arXiv 2603.22339). N 
 unit, everything in float64.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from scipy.optimize import minimize, nnls
 from scipy.special import logsumexp
 
+from experiments.findings import QUANTILES, Estimate
+
 DELTA = 1e-3  # Huber's threshold in ln loss
 EXPONENTS = (0.02, 3.0)  # outside of these an exponent is taken for a failed fit
-NEGLIGIBLE = 1e-5  # a term that is nowhere a larger share of the loss than this is taken for absent
+NEGLIGIBLE = 1e-5  # a term that is nowhere a larger fraction of the loss than this is taken for absent
+BATCH = 500_000  # starts x runs whose objectives are computed together
 
 
 class FitRefused(ValueError):
@@ -28,6 +34,8 @@ class FitRefused(ValueError):
 
 @dataclass(frozen=True)
 class Surface:
+    """L(N, D). `objective` is what the fit minimised, at its minimum."""
+
     E: float
     A: float
     B: float
@@ -48,8 +56,42 @@ class Surface:
         g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         return g * (flops / 6) ** self.a, (flops / 6) ** (1 - self.a) / g
 
-    def as_dict(self) -> dict[str, float]:
-        return {**asdict(self), "a": self.a, "b": 1 - self.a}
+
+@dataclass(frozen=True)
+class SurfaceEstimates:
+    """The constants of a surface, its exponent of the optimal N, and that exponent's standard error."""
+
+    E: Estimate
+    A: Estimate
+    B: Estimate
+    alpha: Estimate
+    beta: Estimate
+    a: Estimate
+    sd_a: float
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """The number of draws, of those that the fit refused, and the estimates; None where too few draws are left."""
+
+    draws: int
+    draws_refused: int
+    estimates: SurfaceEstimates | None
+
+
+def _residuals(
+    parameters: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """ln of the three terms [3, ..., runs], of the surface [..., runs], and its distance from ln L, at `parameters`
+    [..., 5] of (a, b, e, alpha, beta)."""
+    a, b, e, alpha, beta = np.moveaxis(parameters, -1, 0)[..., None]
+    terms = np.stack(np.broadcast_arrays(a - alpha * log_n, b - beta * log_d, e))
+    predicted = logsumexp(terms, axis=0)
+    return terms, predicted, predicted - log_loss
+
+
+def _huber(r: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(r) <= DELTA, r**2 / 2, DELTA * (np.abs(r) - DELTA / 2))
 
 
 def huber_objective(
@@ -60,14 +102,10 @@ def huber_objective(
     weights: np.ndarray | float = 1.0,
 ) -> tuple[float, np.ndarray]:
     """Sum of Huber(LSE(a - alpha ln N, b - beta ln D, e) - ln L) and its gradient in (a, b, e, alpha, beta)."""
-    a, b, e, alpha, beta = parameters
-    terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
-    predicted = logsumexp(terms, axis=0)
-    r = predicted - log_loss
-    small = np.abs(r) <= DELTA
-    value = np.sum(weights * np.where(small, r**2 / 2, DELTA * (np.abs(r) - DELTA / 2)))
-    share = np.exp(terms - predicted) * (weights * np.clip(r, -DELTA, DELTA))
-    gradient = [share[0].sum(), share[1].sum(), share[2].sum(), -share[0] @ log_n, -share[1] @ log_d]
+    terms, predicted, r = _residuals(parameters, log_n, log_d, log_loss)
+    value = np.sum(weights * _huber(r))
+    pull = np.exp(terms - predicted) * (weights * np.clip(r, -DELTA, DELTA))
+    gradient = [pull[0].sum(), pull[1].sum(), pull[2].sum(), -pull[0] @ log_n, -pull[1] @ log_d]
     return float(value), np.array(gradient)
 
 
@@ -75,6 +113,20 @@ def hoffmann_starts() -> np.ndarray:
     """[4500, 5]: a, b in {0, 5, ..., 25}, e in {-1, ..., 1}, alpha, beta in {0, ..., 2}."""
     scale, constant, exponent = range(0, 30, 5), np.arange(-1, 1.5, 0.5), np.arange(0, 2.5, 0.5)
     return np.array(list(product(scale, scale, constant, exponent, exponent)), float)
+
+
+def choose_starts(log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray) -> np.ndarray:
+    """[30, 5]: the best of Hoffmann's starts by their objective, no more than two for each pair of exponents."""
+    grid = hoffmann_starts()
+    batches = np.array_split(grid, math.ceil(len(grid) * len(log_n) / BATCH))
+    objectives = [_huber(_residuals(batch, log_n, log_d, log_loss)[2]).sum(axis=-1) for batch in batches]
+    chosen, taken = [], Counter()
+    for start in grid[np.argsort(np.concatenate(objectives))]:
+        exponents = tuple(start[3:])
+        taken[exponents] += 1
+        if taken[exponents] <= 2:
+            chosen.append(start)
+    return np.array(chosen[:30])
 
 
 def _check(n: np.ndarray, d: np.ndarray) -> None:
@@ -87,15 +139,14 @@ def _check(n: np.ndarray, d: np.ndarray) -> None:
 
 def _check_bounds(s: Surface, n: np.ndarray, d: np.ndarray) -> Surface:
     low, high = EXPONENTS
-    for name in ("alpha", "beta"):
-        if not low * 1.001 < getattr(s, name) < high * 0.999:
-            raise FitRefused("bound", f"{name}={getattr(s, name):.3g} ran to a bound of [{low}, {high}]")
-    terms = {"E": s.E, "A": s.A * n.min() ** -s.alpha, "B": s.B * d.min() ** -s.beta}
-    for name, largest in terms.items():
-        if not largest > NEGLIGIBLE * sum(terms.values()):
-            raise FitRefused(
-                "bound", f"{name}={getattr(s, name):.3g} ran to its bound, 0: its term contributes nothing"
-            )
+    for name, exponent in (("alpha", s.alpha), ("beta", s.beta)):
+        if not low * 1.001 < exponent < high * 0.999:
+            raise FitRefused("bound", f"{name}={exponent:.3g} ran to a bound of [{low}, {high}]")
+    terms = (("E", s.E, s.E), ("A", s.A, s.A * n.min() ** -s.alpha), ("B", s.B, s.B * d.min() ** -s.beta))
+    total = sum(largest for _, _, largest in terms)
+    for name, value, largest in terms:
+        if not largest > NEGLIGIBLE * total:
+            raise FitRefused("bound", f"{name}={value:.3g} ran to its bound, 0: its term contributes nothing")
     return s
 
 
@@ -133,15 +184,7 @@ def fit_huber(
     _check(n, d)
     data = np.log(n), np.log(d), np.log(loss)
     if starts is None:
-        grid = hoffmann_starts()
-        first = np.array([huber_objective(p, *data)[0] for p in grid])
-        chosen, taken = [], {}
-        for i in np.argsort(first):
-            pair = tuple(grid[i, 3:])
-            taken[pair] = taken.get(pair, 0) + 1
-            if taken[pair] <= 2:
-                chosen.append(i)
-        starts = grid[chosen[:30]]
+        starts = choose_starts(*data)
     results = [(*_minimise_huber(start, data, weights), start) for start in starts]
     value, p, start = min(results, key=lambda result: result[0])
     if not np.isfinite(value):
@@ -149,7 +192,7 @@ def fit_huber(
     if np.allclose(p, start, rtol=1e-9, atol=1e-9):
         raise FitRefused("start", f"the parameters equal a start, {start.tolist()}: nothing was fitted")
     a, b, e, alpha, beta = map(float, p)
-    return _check_bounds(Surface(*(float(np.exp(x)) for x in (e, a, b)), alpha, beta, value), n, d)
+    return _check_bounds(Surface(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), alpha, beta, value), n, d)
 
 
 def fit_projection(
@@ -202,21 +245,29 @@ def fit_projection(
     return _check_bounds(surface, n, d)
 
 
-def bootstrap(refit: Callable[[np.ndarray], Surface], runs: int, draws: int, seed: int) -> dict:
-    """95 % percentile intervals of a fit over resampled runs, each draw as weights [runs] that say how often a run was
-    drawn. Draws that the fit refuses are counted and left out."""
+def bootstrap(surface: Surface, refit: Callable[[np.ndarray], Surface], runs: int, draws: int, seed: int) -> Bootstrap:
+    """95 % percentile intervals of a fitted surface over resampled runs. `refit` takes each draw as weights [runs] that
+    say how often a run was drawn. Draws that it refuses are counted and left out; at least half of all, and 20, must
+    remain."""
     rng = np.random.default_rng(seed)
-    fitted, refused = [], 0
+    fitted: list[Surface] = []
     for _ in range(draws):
         weights = np.bincount(rng.integers(runs, size=runs), minlength=runs).astype(float)
-        try:
-            fitted.append(refit(weights).as_dict())
-        except FitRefused:
-            refused += 1
-    report: dict = {"draws": draws, "draws_refused": refused}
-    if len(fitted) >= max(20, draws / 2):
-        for name in ("E", "A", "B", "alpha", "beta", "a", "b"):
-            values = [one[name] for one in fitted]
-            report[name] = [float(x) for x in np.percentile(values, [2.5, 97.5])]
-        report["sd_a"] = float(np.std([one["a"] for one in fitted], ddof=1))
-    return report
+        with suppress(FitRefused):
+            fitted.append(refit(weights))
+    if len(fitted) < max(20, draws / 2):
+        return Bootstrap(draws, draws - len(fitted), None)
+
+    def estimate(value: float, drawn: list[float]) -> Estimate:
+        return Estimate(value, *(float(end) for end in np.quantile(drawn, QUANTILES)))
+
+    estimates = SurfaceEstimates(
+        E=estimate(surface.E, [s.E for s in fitted]),
+        A=estimate(surface.A, [s.A for s in fitted]),
+        B=estimate(surface.B, [s.B for s in fitted]),
+        alpha=estimate(surface.alpha, [s.alpha for s in fitted]),
+        beta=estimate(surface.beta, [s.beta for s in fitted]),
+        a=estimate(surface.a, [s.a for s in fitted]),
+        sd_a=float(np.std([s.a for s in fitted], ddof=1)),
+    )
+    return Bootstrap(draws, draws - len(fitted), estimates)

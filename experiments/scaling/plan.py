@@ -1,20 +1,22 @@
 """The plan of a sweep: every cell with its model, tokens and FLOPs, fixed before the first run."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from archs.flops import Costs
 from experiments.data.token_data import TokenData
-from experiments.harness.run import measure, run_id, spend
+from experiments.harness.assembly import Measured, measure, spend
+from experiments.harness.identity import plain, run_of
+from experiments.scaling.design import Corpus, Design
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. `learning_rate` is None until the tuning stage has chosen the arm's."""
+    """One run of a sweep, as the plan, the ledger's labels and the launcher know it. `learning_rate` is None until the
+    tuning stage has chosen the arm's."""
 
     kind: str
     arm: str
@@ -28,21 +30,45 @@ class Cell:
     steps: int
     flops: float
 
+    def with_rate(self, learning_rate: float | None) -> "Cell":
+        """The cell with the learning rate that tuning chose; tuning cells keep their own."""
+        return self if self.learning_rate is not None else replace(self, learning_rate=learning_rate)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written to plan.json.
+
+    prior: what the sizes are laid around. tuning: the settings of that stage, or None. corpus: name, digest and sizes
+    of the data. commands: what made the plan. configs: the id of each arm's config before a cell is chosen. cells: arm
+    by arm.
+    """
+
+    name: str
+    arms: list[str]
+    budgets: list[float]
+    holdout_budget: float | None
+    prior: dict
+    tuning: dict | None
+    corpus: Corpus
+    commands: list[str]
+    configs: dict[str, str]
+    cells: list[Cell]
+
     @property
-    def overrides(self) -> list[str]:
-        """What distinguishes the cell among those of its arm, as Hydra overrides."""
-        rate = [] if self.learning_rate is None else [f"optim.learning_rate={self.learning_rate!r}"]
-        changes = [
-            f"kind={self.kind}",
-            f"budget.flops={self.budget!r}",
-            f"arch.width={self.width}",
-            f"seed={self.seed}",
-        ]
-        return changes + rate
+    def design(self) -> Design:
+        """The part that the analysis reads."""
+        return Design.from_plan(asdict(self))
 
 
 class Arm:
-    """A backbone under an objective: its config, and models of it near a given size."""
+    """A backbone under an objective: its config, and models of it near a given size.
+
+    Args:
+        spec: arch, objective and, where wanted, name, tokens_per_parameter and further overrides.
+        tokens_per_parameter: where the spec has none of its own.
+        compose: overrides -> the config of a run with its session.
+    """
 
     def __init__(
         self,
@@ -53,38 +79,40 @@ class Arm:
     ):
         self.name = spec.get("name", f"{spec.arch}+{spec.objective}")
         self.tokens_per_parameter = spec.get("tokens_per_parameter", tokens_per_parameter)
-        self.overrides = [f"arch={spec.arch}", f"objective={spec.objective}", f"arm={self.name}"]
-        self.overrides += spec.get("overrides", [])
-        self.config, self.data = compose(self.overrides), data
+        self.config = compose([f"arch={spec.arch}", f"objective={spec.objective}", *spec.get("overrides", [])])
+        self.config.session.arm = self.name
+        self.data, self.measured = data, {}
 
     def configure(self, cell: Cell) -> DictConfig:
-        """The run's config, as the launcher will compose it from the overrides."""
+        """The config of a cell's run with its session: the one place where a cell is spelled out."""
         config = self.config.copy()
-        OmegaConf.update(config, "budget.flops", cell.budget)
-        OmegaConf.update(config, "arch.width", cell.width)
-        OmegaConf.update(config, "seed", cell.seed)
+        config.session.kind = cell.kind
+        config.budget.flops, config.arch.width, config.seed = cell.budget, cell.width, cell.seed
         if cell.learning_rate is not None:
-            OmegaConf.update(config, "optim.learning_rate", cell.learning_rate)
+            config.optim.learning_rate = cell.learning_rate
         return config
 
     def cell_id(self, cell: Cell) -> str:
-        return run_id(self.configure(cell))
+        return run_of(self.configure(cell)).id
 
-    @functools.cache
-    def measure(self, width: int) -> tuple[Costs, int]:
-        config = self.config.copy()
-        OmegaConf.update(config, "arch.width", width)
-        return measure(config, self.data)
+    def measure(self, width: int) -> Measured:
+        """Costs of the arm's model of this width."""
+        if width not in self.measured:
+            config = self.config.copy()
+            config.arch.width = width
+            self.measured[width] = measure(config, self.data)
+        return self.measured[width]
 
     def params(self, width: int) -> int:
-        return self.measure(width)[0].params_total
+        return self.measure(width).costs.params_total
 
     def optimum(self, budget: float) -> float:
-        """The planned optimal number of parameters, N* = sqrt(C / (6 r)) with r tokens a parameter."""
+        """The planned optimal number of parameters, N* = sqrt(C / (6 r)) with r tokens per parameter."""
         return math.sqrt(budget / (6 * self.tokens_per_parameter))
 
     def widths(self, budget: float, sizes: int, span: float) -> list[int]:
-        """`sizes` different widths whose models lie from N* / span to N* x span, evenly in log N as far as widths go."""
+        """`sizes` different widths whose models lie from N* / span to N* x span, evenly in log N as far as widths
+        go."""
         step = self.config.arch.width_multiple
         centre, chosen = self.optimum(budget), []
         for i in range(sizes):
@@ -94,11 +122,16 @@ class Arm:
         return chosen
 
     def cell(self, kind: str, budget: float, width: int, seed: int, learning_rate: float | None) -> Cell:
-        """Raises ValueError when the budget does not pay for this model or the corpus is too short for it."""
-        cost, depth = self.measure(width)
-        cell = Cell(kind, self.name, budget, width, seed, learning_rate, cost.params_total, depth, 0, 0, 0.0)
+        """Plan one cell.
+
+        Raises:
+            ValueError: when the budget does not pay for this model or the corpus is too short for it.
+        """
+        measured = self.measure(width)
+        params, depth = measured.costs.params_total, measured.depth
+        cell = Cell(kind, self.name, budget, width, seed, learning_rate, params, depth, 0, 0, 0.0)
         try:
-            allocation = spend(self.configure(cell), self.data, cost)
+            allocation = spend(self.configure(cell), self.data, measured)
         except ValueError as error:
             raise ValueError(f"{self.name}, budget {budget:.3g}, width {width}: {error}") from error
         return replace(cell, tokens=allocation.tokens, steps=allocation.steps, flops=allocation.flops)
@@ -134,8 +167,8 @@ def make_cells(arm: Arm, sweep: DictConfig) -> list[Cell]:
     return cells
 
 
-def make_plan(sweep: DictConfig, arms: list[Arm], data: TokenData, command: str) -> dict:
-    """The plan as written to plan.json.
+def make_plan(sweep: DictConfig, arms: list[Arm], data: TokenData, command: str) -> Plan:
+    """The plan of a sweep.
 
     Raises:
         ValueError: for budgets that are not positive and distinct, a held-out budget that is not the largest, two arms
@@ -152,33 +185,28 @@ def make_plan(sweep: DictConfig, arms: list[Arm], data: TokenData, command: str)
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"sweep.arms={names} must have different names: give each its own `name`")
-    return {
-        "name": sweep.name,
-        "arms": names,
-        "budgets": budgets,
-        "holdout_budget": holdout,
-        "prior": {
+    return Plan(
+        name=sweep.name,
+        arms=names,
+        budgets=budgets,
+        holdout_budget=holdout,
+        prior={
             "rule": "N* = sqrt(C / (6 r)), D* = C / (6 N*)",
             "tokens_per_parameter": {arm.name: arm.tokens_per_parameter for arm in arms},
             "optimal_params": {
                 arm.name: {f"{c:.6g}": arm.optimum(c) for c in [*budgets, holdout or budgets[-1]]} for arm in arms
             },
         },
-        "tuning": OmegaConf.to_container(sweep.tuning, resolve=True) if sweep.tuning else None,
-        "corpus": {
-            "name": data.name,
-            "digest": data.digest,
-            "train_tokens": len(data.train),
-            "heldout_bytes": data.heldout_bytes,
-        },
-        "commands": [command],
-        "configs": {arm.name: run_id(arm.config) for arm in arms},
-        "cells": [asdict(cell) for arm in arms for cell in make_cells(arm, sweep)],
-    }
+        tuning=plain(sweep.tuning) if sweep.tuning else None,
+        corpus=Corpus(data.name, data.digest, len(data.train), data.heldout_bytes),
+        commands=[command],
+        configs={arm.name: run_of(arm.config).id for arm in arms},
+        cells=[cell for arm in arms for cell in make_cells(arm, sweep)],
+    )
 
 
-def difference(old: dict, new: dict, path: str = "") -> list[str]:
-    """Where two plans differ, one line a place; long lists are summed up."""
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Places where two plans as JSON differ, one line each; long lists are summed up."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in difference(old.get(key), new.get(key), f"{path}.{key}".strip("."))]
@@ -186,8 +214,3 @@ def difference(old: dict, new: dict, path: str = "") -> list[str]:
         gone, come = [x for x in old if x not in new], [x for x in new if x not in old]
         return [f"{path}: {len(gone)} only on disk, {len(come)} only in the new plan"] if gone or come else []
     return [] if old == new else [f"{path}: {old} on disk, {new} in the new plan"]
-
-
-def with_rate(cell: Cell, learning_rate: float | None) -> Cell:
-    """A planned cell with the learning rate that tuning chose; tuning cells keep their own."""
-    return cell if cell.learning_rate is not None else replace(cell, learning_rate=learning_rate)

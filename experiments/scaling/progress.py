@@ -1,4 +1,4 @@
-"""How far a sweep is: watched from the sweep's folder, because the launcher may run anywhere."""
+"""The progress of a sweep: watched from the sweep's folder, because the launcher may run anywhere."""
 
 import threading
 import time
@@ -11,8 +11,9 @@ from rich.live import Live
 from rich.text import Text
 
 from experiments.harness import ledger
-from experiments.harness.run import build_model, build_objective, spend
+from experiments.harness.assembly import build_model, spend
 from experiments.scaling.plan import Arm, Cell
+from objectives.contracts import Batch
 
 
 class Progress:
@@ -39,7 +40,7 @@ class Progress:
     def _rows(self) -> dict[str, tuple[str, str]]:
         """Status and time of ending of each missing cell that has a row; a failed one is run again."""
         rows = ledger.read(self.folder / "ledger.jsonl")
-        return {row.id: (row.status, row.finished) for row in rows.itertuples() if row.id in self.missing}
+        return {row.id: (str(row.status), str(row.finished)) for row in rows.itertuples() if row.id in self.missing}
 
     def line(self) -> tuple[int, str]:
         """Number of cells that have ended since the start, and the line that says so."""
@@ -84,7 +85,7 @@ def duration(seconds: float) -> str:
 
 
 def estimate_seconds(arms: dict[str, Arm], cells: list[Cell], rows: pd.DataFrame) -> dict[str, float]:
-    """Seconds a FLOP for each arm: from its finished runs, or else from a few steps of its middle-sized cell."""
+    """Seconds per FLOP for each arm: from its finished runs, or else from a few steps of its middle-sized cell."""
     rates = {}
     for name, arm in arms.items():
         known = rows[(rows.arm == name) & (rows.status == "done")]
@@ -93,16 +94,15 @@ def estimate_seconds(arms: dict[str, Arm], cells: list[Cell], rows: pd.DataFrame
             continue
         mine = sorted((cell for cell in cells if cell.arm == name), key=lambda cell: cell.params)
         middle = mine[len(mine) // 2]
-        config = arm.configure(middle)
-        allocation = spend(config, arm.data, arm.measure(middle.width)[0])
-        objective = build_objective(config, arm.data)
+        config, measured = arm.configure(middle), arm.measure(middle.width)
+        allocation, objective = spend(config, arm.data, measured), measured.objective
         model = build_model(config, objective)
         size = allocation.first_sequence(1)
-        tokens_BT = torch.zeros(size, allocation.sequence_length, dtype=torch.long)
+        batch = Batch.of(torch.zeros(size, allocation.sequence_length, dtype=torch.long))
         times = []
         for _ in range(4):
             start = time.perf_counter()
-            objective.loss(model, tokens_BT, torch.Generator().manual_seed(0)).backward()
+            objective.loss(model, batch, torch.Generator().manual_seed(0)).backward()
             times.append(time.perf_counter() - start)
-        rates[name] = min(times) / (allocation.flops_per_token * tokens_BT.numel())
+        rates[name] = min(times) / (allocation.flops_per_token * batch.tokens_BT.numel())
     return rates

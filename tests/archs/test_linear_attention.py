@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from archs.mixers.gated_delta import GatedDelta
 from archs.mixers.linear_attention import LinearAttention
@@ -62,7 +61,7 @@ def written_out(mixer, x_TD):
             v_t = v[t].view(heads, V)[h]
             if mixer.A_log is not None:
                 S = S * (-mixer.A_log[h].exp() * F.softplus(rest[t, h] + mixer.dt_bias[h])).exp()
-            elif getattr(mixer, "decay", None) == "fixed":
+            elif not delta and mixer.decay == "fixed":
                 S = S * (1 - 2.0 ** (-5 - h))
             beta = rest[t, -heads + h].sigmoid() if delta else 1.0
             S = S + torch.outer(k_t, beta * (v_t - S.T @ k_t) if delta else v_t)
@@ -82,56 +81,12 @@ def test_equals_the_recurrence_written_out(name):
 
 
 @every
-def test_pieces_of_any_length_equal_one_pass(name):
-    mixer, x = build(name), tokens(3, 140)
-    whole, _ = mixer(x, CAUSAL)
-    state, pieces = mixer.empty_state(3), []
-    size = state.nbytes
-    for piece in x.split([1, 2, 63, 1, 64, 1, 8], dim=1):
-        y, state = mixer(piece, CAUSAL, state)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-8, atol=1e-8)
-    assert state.nbytes == size
-
-
-@every
-@pytest.mark.parametrize("t", [1, 40, 69])
-def test_a_changed_token_changes_no_earlier_output_when_causal_and_does_when_bidirectional(name, t):
-    mixer, x = build(name), tokens(1, 70)
-    y = x.clone()
-    y[0, t] += 1
-    causal = (mixer(x, CAUSAL)[0] - mixer(y, CAUSAL)[0]).abs().amax(-1)[0]
-    assert causal[:t].sum() == 0 and causal[t] > 0
-    assert (mixer(x, BIDIRECTIONAL)[0] - mixer(y, BIDIRECTIONAL)[0])[0, :t].abs().amax() > 0
-
-
-@every
 def test_bidirectional_reads_a_reversed_sequence_as_the_sequence_reversed(name):
     mixer, x = build(name), tokens(2, 70)
     torch.testing.assert_close(mixer(x.flip(1), BIDIRECTIONAL)[0], mixer(x, BIDIRECTIONAL)[0].flip(1))
 
 
-@every
-@pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL])
-def test_gradients_reach_every_parameter(name, visibility):
-    mixer = build(name)
-    mixer(tokens(2, 20), visibility)[0].square().sum().backward()
-    assert [n for n, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
-@every
-@pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL])
-@pytest.mark.parametrize("T", [1, 17, 64, 100])
-def test_counted_flops_are_those_that_pytorch_counts(name, visibility, T):
-    with torch.device("meta"):
-        mixer = MIXERS[name](32)
-        x = torch.zeros(1, T, 32)
-    with FlopCounterMode(display=False) as counter:
-        mixer(x, visibility)
-    assert mixer.flops(T, visibility) == counter.get_total_flops()
-
-
-def test_what_a_decay_costs_in_parameters_is_one_gate_a_head():
+def test_what_a_decay_costs_in_parameters_is_one_gate_per_head():
     count = {name: sum(p.numel() for p in build(name).parameters()) for name in MIXERS}
     gate = 4 * (32 + 2)
     assert count["linear"] == count["retention"] == count["gated linear"] - gate

@@ -1,8 +1,7 @@
-"""Mamba-2 against what transformers runs for five published families, and what every mixer owes."""
+"""Mamba-2 against what transformers runs for five published families, and its own state and start."""
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from archs.mixers.mamba2 import Mamba2
 from archs.visibility import BIDIRECTIONAL, CAUSAL
@@ -73,7 +72,7 @@ def published(family):
 @torch.no_grad()
 def copy_weights(theirs, ours):
     """The multipliers of Falcon-H1 act on the projection, and so go into its weight."""
-    scale = theirs.ssm_in_multiplier * theirs.mup_vector[0, 0] if hasattr(theirs, "mup_vector") else torch.ones(1)
+    scale = getattr(theirs, "ssm_in_multiplier", 1.0) * getattr(theirs, "mup_vector", torch.ones(1, 1, 1))[0, 0]
     state = {}
     for name, p in theirs.named_parameters():
         name = name.replace("conv1d.", "conv_").replace("norm.", "norm_")
@@ -126,22 +125,6 @@ def test_fresh_weights_are_those_of_the_paper():
     assert (mixer.D == 1).all() and (mixer.norm_weight == 1).all()
 
 
-EVERY = pytest.mark.parametrize(
-    "options", [{}, {"groups": 2}, {"norm": False, "conv_bias": False}, {"norm_before_gate": True, "bias": True}]
-)
-
-
-@EVERY
-def test_pieces_of_any_length_equal_one_pass(options):
-    mixer, x = build(**options), tokens(3, 140)
-    whole, _ = mixer(x, CAUSAL)
-    state, pieces = mixer.empty_state(3), []
-    for piece in x.split([1, 2, 63, 1, 64, 1, 8], dim=1):
-        y, state = mixer(piece, CAUSAL, state)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
-
-
 def test_the_state_has_the_size_that_an_empty_one_has():
     mixer = build(dtype=torch.bfloat16)
     empty = mixer.empty_state(2)
@@ -150,51 +133,9 @@ def test_the_state_has_the_size_that_an_empty_one_has():
     assert state.memory.dtype == empty.memory.dtype == torch.float32
 
 
-@EVERY
-@pytest.mark.parametrize("t", [0, 40, 69])
-def test_a_changed_token_changes_no_earlier_output_when_causal_and_does_when_bidirectional(options, t):
-    mixer, x = build(**options), tokens(1, 70)
-    y = x.clone()
-    y[0, t] += 1
-    causal = (mixer(x, CAUSAL)[0] - mixer(y, CAUSAL)[0]).abs().amax(-1)[0]
-    assert causal[:t].sum() == 0 and causal[t] > 0
-    both = (mixer(x, BIDIRECTIONAL)[0] - mixer(y, BIDIRECTIONAL)[0]).abs().amax(-1)[0]
-    assert (both[:t] > 0).any() or t == 0
-    assert (both[t:] > 0).any()
-
-
 def test_bidirectional_reads_a_reversed_sequence_as_the_sequence_reversed():
     mixer, x = build(groups=2), tokens(2, 70)
     torch.testing.assert_close(mixer(x.flip(1), BIDIRECTIONAL)[0], mixer(x, BIDIRECTIONAL)[0].flip(1))
-
-
-@EVERY
-@pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL])
-def test_gradients_reach_every_parameter(options, visibility):
-    mixer = build(**options)
-    mixer(tokens(2, 20), visibility)[0].square().sum().backward()
-    assert [n for n, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL])
-@pytest.mark.parametrize("T", [1, 17, 64, 100])
-def test_counted_flops_are_those_that_pytorch_counts(T, visibility, groups):
-    with torch.device("meta"):
-        mixer = Mamba2(32, **SIZES, groups=groups)
-        x = torch.zeros(1, T, 32)
-    with FlopCounterMode(display=False) as counter:
-        mixer(x, visibility)
-    assert mixer.flops(T, visibility) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL])
-def test_in_bfloat16_autocast_it_stays_near_float32(visibility):
-    mixer, x = build(dtype=torch.float32), tokens(2, 70, dtype=torch.float32)
-    truth = mixer(x, visibility)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        got = mixer(x, visibility)[0]
-    assert (got - truth).abs().mean() < 0.02 * truth.std()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from experiments.data.associative_recall import EOT, associative_recall, draw_sequences
 from experiments.data.windows import TrainWindows
+from objectives.contracts import Batch
 from objectives.next_token import NextToken
 
 SMALL = dict(
@@ -57,13 +58,14 @@ def test_the_data_is_a_function_of_its_settings_and_the_two_parts_differ():
     rows = {tuple(row) for row in a.train.reshape(-1, 20)}
     assert len(rows) == 60 and not rows & {tuple(row) for row in a.heldout.reshape(-1, 20)}
     assert a.heldout_bytes == 10 * (2 + 4) == a.heldout_answers.sum()
-    assert a.scored == pytest.approx((2 + 4) / 40)
+    assert a.counted == pytest.approx((2 + 4) / 40)
 
 
 def test_windows_of_tokens_and_of_their_marks_go_together():
     data = associative_recall(**SMALL)
     tokens, marks = (TrainWindows(x, 20, seed=3).batch(7, 9) for x in (data.train, data.train_answers))
-    known = {tuple(t): tuple(m) for t, m in zip(data.train.reshape(-1, 20), data.train_answers.reshape(-1, 20))}
+    sequences = (x.reshape(-1, 20) for x in (data.train, data.train_answers))
+    known = {tuple(t): tuple(m) for t, m in zip(*sequences, strict=True)}
     for t, m in zip(tokens.tolist(), marks.bool().tolist(), strict=True):
         assert known[tuple(t)] == tuple(m)
 
@@ -87,8 +89,8 @@ def test_whoever_looks_up_has_no_loss_and_whoever_cannot_has_the_log_of_the_voca
     data = associative_recall(**SMALL)
     tokens, answers = (torch.tensor(x.reshape(-1, 20).astype("int64")) for x in (data.heldout, data.heldout_answers))
     objective = NextToken(32, EOT)
-    assert objective.loss(Lookup(), tokens, None, answers.bool()) < 1e-6
-    nats = objective.bound(Lookup(), tokens, None, ~answers.bool()).nats_B
+    assert objective.loss(Lookup(), Batch(tokens, answers.float()), None) < 1e-6
+    nats = objective.evaluate(Lookup(), Batch(tokens, 1 - answers.float()), None).nats_B
     assert (nats > 14 * np.log(32) * 0.9).all()
 
 

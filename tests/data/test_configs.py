@@ -32,6 +32,7 @@ def test_every_data_config_has_what_the_harness_reads(name):
     }
 
 
+@pytest.mark.thorough
 def test_the_standard_library_is_data_on_any_machine():
     small = ["data.tokens.heldout_bytes=20000"]
     by_byte = instantiate(composed("python_stdlib", *small).tokens)

@@ -186,6 +186,7 @@ def test_a_preparation_that_fails_leaves_nothing_half_done(tmp_path):
     assert build(tmp_path).heldout_bytes
 
 
+@pytest.mark.thorough
 def test_processes_that_prepare_at_once_agree_and_one_of_them_works(tmp_path):
     code = (
         "import sys, time, logging; logging.basicConfig(level=logging.INFO)\n"

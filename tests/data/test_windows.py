@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.data.windows import TrainWindows, check_enough, heldout_windows
+from experiments.data.windows import TrainWindows, check_enough, document_lengths, document_starts, heldout_windows
 
 sizes = {"tokens": st.integers(1, 200), "length": st.integers(1, 12), "seed": st.integers(0, 5)}
 
@@ -52,6 +52,23 @@ def test_heldout_windows_cover_every_token_once_in_order(tokens, length):
         assert tail.dtype == torch.int64 and tail.shape[0] == 1 and 0 < tail.shape[1] < length
     joined = torch.cat([full.flatten(), *([] if tail is None else [tail.flatten()])])
     assert joined.tolist() == heldout.tolist()
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 12))
+@settings(deadline=None, max_examples=60)
+def test_the_documents_of_a_window_begin_at_its_start_and_behind_every_end(stream, length):
+    stream = np.array(stream * 3, dtype=np.uint16)
+    tokens, _ = heldout_windows(stream, length)
+    if len(tokens) == 0:
+        return
+    lengths, counted = document_lengths(stream, 0, length), {}
+    for row, starts in zip(tokens.tolist(), document_starts(tokens, 0).tolist(), strict=True):
+        begins = [t for t in range(length) if t == 0 or row[t - 1] == 0]
+        assert [t for t in range(length) if starts[t]] == begins
+        for begin, end in zip(begins, [*begins[1:], length], strict=True):
+            counted[end - begin] = counted.get(end - begin, 0) + 1 / len(tokens)
+    assert lengths == pytest.approx(counted)
+    assert sum(number * n for n, number in lengths.items()) == pytest.approx(length)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,24 @@ def test_a_budget_is_met_from_below_to_within_one_sequence(sequences, flops_per_
 def test_steps_cover_every_sequence_once_in_batches_that_differ_by_one_at_most(sequences, T, batch):
     got = allocate(sequences * T * 10.0, 10.0, T, batch)
     edges = [got.first_sequence(step) for step in range(got.steps + 1)]
-    sizes = [b - a for a, b in zip(edges, edges[1:])]
+    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
     assert edges[0] == 0 and edges[-1] == sequences
     assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    budget=st.floats(1.0, 1e5),
+    T=st.integers(1, 64),
+    batch=st.none() | st.integers(1, 10**4),
+    per_step=st.floats(0.0, 1e3),
+)
+def test_steps_that_cost_something_themselves_are_paid_from_the_same_budget(budget, T, batch, per_step):
+    budget *= T + per_step
+    got = allocate(budget, 1.0, T, batch, per_step)
+    assert got.flops == got.tokens + per_step * got.steps <= budget * (1 + 1e-9)
+    more = got.sequences + 1  # a batch that grows may save a step now and then
+    assert batch is None or T * more + per_step * -(-more // max(1, min(more, round(batch / T)))) > budget * (1 - 1e-9)
 
 
 def test_the_batch_grows_more_slowly_than_the_run():

@@ -1,31 +1,40 @@
-"""Every backend of the short convolution against the definition."""
+"""The short convolution's own options, against the definition."""
 
 import pytest
 import torch
 
 from kernels import causal_conv1d
+from tests.kernels.cases import CONVOLUTION, assert_equal, assert_triton_is_right, run
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 63, 64, 65])
+def problem(T, biased, **sizes):
+    inputs = CONVOLUTION.problem(T, **sizes)
+    return inputs if biased else inputs | {"bias": None}
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 65])
 @pytest.mark.parametrize("W", [1, 2, 4])
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("biased", [False, True])
 def test_torch_equals_the_definition_in_output_state_and_gradients(T, W, activation, biased):
-    x, weight, bias, state = (
-        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, T, 6), (6, W), (6,), (2, W - 1, 6))
-    )
-    leaves = [x, weight, state, *([bias] if biased else [])]
-    results = []
-    for backend in ("reference", "torch"):
-        y, end = causal_conv1d(
-            x, weight, bias if biased else None, initial_state=state, activation=activation, backend=backend
-        )
-        seed = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view_as(y)
-        loss = (y * seed).sum() + end.square().sum()
-        results.append([y, end, *torch.autograd.grad(loss, leaves, allow_unused=True)])
-    for got, truth in zip(results[1], results[0], strict=True):
-        if truth is not None:
-            torch.testing.assert_close(got, truth)
+    inputs = problem(T, biased, batch=2, taps=W)
+    got, truth = (run(CONVOLUTION, inputs, backend, activation=activation) for backend in ("torch", "reference"))
+    assert_equal(got, truth)
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("triton_device", "poisoned")
+@pytest.mark.parametrize("W", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("biased", [False, True])
+def test_triton_takes_any_taps_activation_and_bias(triton_device, W, activation, biased):
+    assert_triton_is_right(CONVOLUTION, triton_device, problem(18, biased, taps=W), activation=activation)
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("triton_device", "poisoned")
+def test_triton_takes_more_channels_than_a_program_holds_and_batches_are_apart(triton_device):
+    assert_triton_is_right(CONVOLUTION, triton_device, CONVOLUTION.problem(18, batch=2, channels=70))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -36,42 +45,40 @@ def test_the_last_tap_weighs_the_current_token_and_silu_comes_last(backend):
     torch.testing.assert_close(y[0, 4], torch.nn.functional.silu(plain))
 
 
-@pytest.mark.parametrize("name", ["y", "x", "weight", "bias"])
-def test_in_bfloat16_it_errs_at_most_twice_as_much_as_the_definition(name):
-    def run(dtype, backend):
-        rng = torch.Generator().manual_seed(0)
-        shapes = {"x": (2, 200, 6), "weight": (6, 4), "bias": (6,)}
-        leaves = {k: torch.randn(s, generator=rng, dtype=torch.float64) for k, s in shapes.items()}
-        leaves = {k: v.to(dtype).requires_grad_() for k, v in leaves.items()}
-        y, _ = causal_conv1d(**leaves, backend=backend)
-        seed = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(dtype)
-        return dict(zip(["y", *leaves], [y, *torch.autograd.grad(y, list(leaves.values()), seed)]))[name].double()
-
-    truth = run(torch.float64, "reference")
-    plain, got = ((run(torch.bfloat16, backend) - truth).abs().max() for backend in ("reference", "torch"))
-    assert got <= 2 * plain
-
-
-def test_pieces_equal_the_whole():
-    x, weight = torch.randn(2, 50, 6), torch.randn(6, 4)
-    whole, end = causal_conv1d(x, weight)
-    state, pieces = None, []
-    for part in x.split([1, 2, 17, 30], dim=1):
-        y, state = causal_conv1d(part, weight, initial_state=state)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
-    torch.testing.assert_close(state, end)
+def test_in_bfloat16_it_errs_at_most_twice_as_much_as_the_definition():
+    inputs = CONVOLUTION.problem(200, batch=2)
+    truth = run(CONVOLUTION, inputs, "reference")
+    plain, got = (run(CONVOLUTION, inputs, backend, dtype=torch.bfloat16) for backend in ("reference", "torch"))
+    for name, exact in truth.items():
+        assert (got[name] - exact).abs().max() <= 2 * (plain[name] - exact).abs().max(), name
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backend": "cuda"}, "unknown backend"),
-        ({"initial_state": torch.zeros(2, 4, 6)}, "initial_state"),
+        ({"weight": torch.zeros(5, 4)}, r"weight \(5, 4\) is not for the 6 channels"),
+        ({"initial_state": torch.zeros(2, 4, 6)}, r"initial_state is \(2, 4, 6\), it must be \(2, 3, 6\)"),
         ({"bias": torch.zeros(4)}, r"bias \(4,\)"),
         ({"activation": "gelu"}, "unknown activation 'gelu'.*'silu' or None"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, words):
     with pytest.raises(ValueError, match=words):
-        causal_conv1d(torch.zeros(2, 5, 6), torch.zeros(6, 4), **change)
+        causal_conv1d(**{"x": torch.zeros(2, 5, 6), "weight": torch.zeros(6, 4)} | change)
+
+
+@pytest.mark.thorough
+def test_the_operator_passes_pytorchs_own_checks(triton_device):
+    from kernels.convolution.triton_operators import forward
+
+    t = {name: x.float().to(triton_device).requires_grad_() for name, x in CONVOLUTION.problem(20).items()}
+    arguments = (
+        t["x"][0],
+        t["weight"],
+        t["bias"],
+        t["initial_state"],
+        torch.tensor([0, 20], device=triton_device),
+        True,
+    )
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(forward, arguments, test_utils=checks)

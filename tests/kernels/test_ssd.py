@@ -1,7 +1,6 @@
-"""Every backend of the state space dual form against the recurrence in float64."""
+"""The state space dual form's own options and extremes, against the recurrence in float64."""
 
 import sys
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -9,70 +8,52 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import causal_conv1d
-from kernels.ssd import ssd
-from kernels.ssd.torch import CHUNK, ssd_flops
+from kernels import causal_conv1d, ssd, ssd_flops
+from kernels.state_space.chunked import CHUNK
+from tests.kernels.cases import SSD, assert_equal, assert_triton_is_right, run
 
-LENGTHS = [1, 15, 63, 64, 65, 100, pytest.param(1000, marks=pytest.mark.slow)]
+slow = pytest.mark.slow
+on_triton = pytest.mark.usefixtures("triton_device", "poisoned")
+LENGTHS = [1, 15, 63, 64, 65, 100, pytest.param(1000, marks=slow)]
 DECAYS = [0.0, -1e-6, -0.1, -20.0]
+SHARED = dict(batch=2, heads=4, groups=2, head_dim=8)  # two heads read each group
 
 
-def inputs(T, *, batch=2, H=4, G=2, P=8, N=16, decay=-0.1, dtype=torch.float64, seed=0):
-    """Steps dt from U(0, 1) and A from decay * U(0.5, 1), so that dt A reaches from 0 to `decay`."""
-    rng = torch.Generator().manual_seed(seed)
-    normal = partial(torch.randn, generator=rng, dtype=torch.float64)
-    tensors = {
-        "x": normal(batch, T, H, P),
-        "dt": torch.rand(batch, T, H, generator=rng, dtype=torch.float64),
-        "A": decay * (0.5 + 0.5 * torch.rand(H, generator=rng, dtype=torch.float64)),
-        "B": normal(batch, T, G, N) * N**-0.5,
-        "C": normal(batch, T, G, N) * N**-0.5,
-        "D": normal(H),
-        "z": normal(batch, T, H, P),
-        "initial_states": normal(batch, H, P, N),
-    }
-    exact = ("dt", "A", "initial_states") if dtype is torch.bfloat16 else ()  # what a model keeps in float32
-    return {k: t.to(torch.float32 if k in exact else dtype).requires_grad_() for k, t in tensors.items()}
-
-
-def run(tensors, backend, **options):
-    """Outputs, final states and every gradient of a random projection of both."""
-    y, states = ssd(**tensors, return_final_states=True, backend=backend, **options)
+def problem(T, decay=-0.1, **sizes):
+    """Inputs with a gate z, C scaled like B, and A from decay * U(0.5, 1), so that dt A reaches from 0 to `decay`."""
+    inputs = SSD.problem(T, **SHARED | {"state_size": 16} | sizes)
     rng = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t.dtype) for t in (y, states)]
-    used = {name: t for name, t in tensors.items() if t is not None}
-    gradients = torch.autograd.grad([(y * weights[0]).sum() + (states * weights[1]).sum()], used.values())
-    return {"y": y, "final_states": states, **dict(zip(used, gradients))}
+    z = torch.randn(inputs["x"].shape, generator=rng, dtype=torch.float64)
+    C = inputs["C"] * inputs["C"].shape[-1] ** -0.5
+    return inputs | {"A": decay * (0.5 - 0.5 * inputs["A"]), "C": C, "z": z}
 
 
-def assert_equal(got, truth):
-    assert got.keys() == truth.keys()
-    for name in truth:
-        torch.testing.assert_close(got[name], truth[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+def in_single(inputs):
+    return {name: x if x is None else x.float() for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("decay", [*DECAYS, -500.0])
 def test_chunked_equals_the_recurrence_in_float64(T, decay):
-    tensors = inputs(T, decay=decay)
-    assert_equal(run(tensors, "torch"), run(tensors, "reference"))
+    inputs = problem(T, decay)
+    assert_equal(run(SSD, inputs, "torch"), run(SSD, inputs, "reference"))
 
 
 @pytest.mark.parametrize("G", [1, 2, 4])
 @pytest.mark.parametrize("chunk_size", [1, 16, 50, 128])
 def test_any_chunk_size_and_any_groups_give_the_same(G, chunk_size):
-    tensors = inputs(70, G=G)
-    assert_equal(run(tensors, "torch", chunk_size=chunk_size), run(tensors, "reference"))
+    inputs = problem(70, groups=G)
+    assert_equal(run(SSD, inputs, "torch", chunk_size=chunk_size), run(SSD, inputs, "reference"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_whole_formula_written_out(backend):
     """Heads read their group, dt passes bias, softplus and limits, D skips the memory and z gates the output."""
-    tensors = {name: t.detach() for name, t in inputs(5).items()}
+    inputs = problem(5)
+    x, dt, A, B, C, D, S, z = inputs.values()
     bias = torch.tensor([0.5, -3.0, 0.0, 2.0], dtype=torch.float64)
-    x, dt, A, B, C, D, z, S = tensors.values()
     got, end = ssd(
-        **tensors, dt_bias=bias, dt_softplus=True, dt_limit=(0.1, 1.5), return_final_states=True, backend=backend
+        **inputs, dt_bias=bias, dt_softplus=True, dt_limit=(0.1, 1.5), return_final_states=True, backend=backend
     )
     for b in range(2):
         for h in range(4):
@@ -85,103 +66,106 @@ def test_the_whole_formula_written_out(backend):
             torch.testing.assert_close(end[b, h], state)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_errs_at_most_twice_as_much_as_the_recurrence_in_the_same_dtype(T, decay, dtype):
-    truth = run(inputs(T, decay=decay), "reference")
-    low = inputs(T, decay=decay, dtype=dtype)
-    plain, got = run(low, "reference"), run(low, "torch")
+    inputs = problem(T, decay)
+    truth = run(SSD, inputs, "reference")
+    low = {name: x.to(torch.float32 if name in SSD.operation.kept else dtype) for name, x in inputs.items()}
+    plain, got = run(SSD, low, "reference"), run(SSD, low, "torch")
     for name in truth:
         assert got[name].dtype == plain[name].dtype
         error = (got[name].double() - truth[name]).abs()
         allowed = 2 * (plain[name].double() - truth[name]).abs().max() + 1e-6 * truth[name].abs().max()
-        tiles = error.reshape(error.shape[0], -1).split(64, dim=1)
-        assert max(tile.max() for tile in tiles) <= allowed, name
+        assert error.max() <= allowed, name
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("decay", [0.0, -1e-4, -20.0, -500.0])
+def test_triton_takes_decays_from_none_to_extreme(triton_device, decay):
+    assert_triton_is_right(SSD, triton_device, problem(66, decay, **SSD.sizes, batch=1))
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize(
+    ("P", "N"),
+    [(16, 16), (48, 80), (80, 20), *(pytest.param(*s, marks=slow) for s in ((64, 128), (256, 64), (64, 256)))],
+)
+def test_triton_takes_head_and_state_sizes(triton_device, P, N):
+    inputs = problem(66, -1.0, batch=1, heads=1, groups=1, head_dim=P, state_size=N)
+    assert_triton_is_right(SSD, triton_device, inputs)
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize(("S", "T", "H", "G"), [(2, 10, 2, 2), (2, 10, 4, 2), (1, 65, 3, 1)])
+def test_in_triton_heads_share_groups_and_batches_are_apart(triton_device, S, T, H, G):
+    assert_triton_is_right(SSD, triton_device, problem(T, -1.0, batch=S, heads=H, groups=G, head_dim=16))
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("plain", [False, True])
+def test_triton_takes_time_steps_with_bias_softplus_and_limits_and_none_at_all(triton_device, plain):
+    inputs = problem(40, -1.0, batch=1, heads=2, groups=1)
+    if plain:
+        inputs |= {"dt": None, "D": None, "z": None, "A": -torch.rand(1, 40, 2, dtype=torch.float64)}
+        options = {}
+    else:
+        inputs |= {"dt_bias": torch.tensor([0.5, -3.0], dtype=torch.float64)}
+        options = {"dt_softplus": True, "dt_limit": (0.1, 1.5)}
+    assert_triton_is_right(SSD, triton_device, inputs, **options)
 
 
 @pytest.mark.parametrize("decay", [-500.0, -1e5, -1e12])
 def test_the_strongest_decay_overflows_nowhere_and_forgets_all(decay):
-    tensors = inputs(130, decay=decay, dtype=torch.float32)
-    assert all(t.isfinite().all() for t in run(tensors, "torch").values())
-    tensors = {name: t.detach() for name, t in tensors.items()} | {"D": None, "z": None}
-    tensors["dt"] = tensors["dt"] + 1
-    y, _ = ssd(**tensors)
-    here = (tensors["B"] * tensors["C"]).sum(-1).repeat_interleave(2, dim=2) * tensors["dt"]
-    torch.testing.assert_close(y, here[..., None] * tensors["x"])
+    inputs = problem(130, decay)
+    assert all(x.isfinite().all() for x in run(SSD, inputs, "torch", dtype=torch.float32).values())
+    inputs = in_single(inputs | {"D": None, "z": None})
+    inputs["dt"] = inputs["dt"] + 1
+    y, _ = ssd(**inputs)
+    here = (inputs["B"] * inputs["C"]).sum(-1).repeat_interleave(2, dim=2) * inputs["dt"]
+    torch.testing.assert_close(y, here[..., None] * inputs["x"])
 
 
 def test_decays_keep_their_precision_after_a_chunk_of_strong_ones():
     """Strong decays, then weak ones: the differences between sums of the weak would drown in float32."""
-    tensors = {name: t.detach() for name, t in inputs(CHUNK, G=4, dtype=torch.float32).items()}
-    tensors |= {"A": torch.full((4,), -1.0), "D": None, "z": None}
-    tensors["dt"] = torch.full_like(tensors["dt"], 1e-3)
-    tensors["dt"][:, :32] = 50
-    truth, _ = ssd(**{k: None if t is None else t.double() for k, t in tensors.items()}, backend="reference")
-    error = (ssd(**tensors)[0] - truth)[:, 32:].abs().max() / truth[:, 32:].std()
+    inputs = in_single(problem(CHUNK, groups=4) | {"D": None, "z": None})
+    inputs |= {"A": torch.full((4,), -1.0), "dt": torch.full_like(inputs["dt"], 1e-3)}
+    inputs["dt"][:, :32] = 50
+    truth, _ = ssd(**{name: x if x is None else x.double() for name, x in inputs.items()}, backend="reference")
+    error = (ssd(**inputs)[0] - truth)[:, 32:].abs().max() / truth[:, 32:].std()
     assert error < 1e-5
-
-
-@pytest.mark.parametrize("cuts", [(1, 149), (63, 87), (64, 86), (1, 1, 98, 50)])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_a_sequence_handed_over_in_pieces_equals_one(cuts, backend):
-    tensors = inputs(150)
-    whole, end = ssd(**tensors, return_final_states=True, backend=backend)
-    states, pieces, start = tensors["initial_states"], [], 0
-    for length in cuts:
-        part = {k: t[:, start : start + length] if t.dim() > 1 else t for k, t in tensors.items()}
-        y, states = ssd(**part | {"initial_states": states}, return_final_states=True, backend=backend)
-        pieces.append(y)
-        start += length
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
-    torch.testing.assert_close(states, end)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("T", [1, 65])
 def test_without_time_steps_it_is_linear_attention_with_log_decays_a(T, per_token):
-    tensors = inputs(T, G=4) | {"dt": None}
+    inputs = problem(T, groups=4) | {"dt": None}
     if per_token:
-        tensors["A"] = (-torch.rand(2, T, 4, dtype=torch.float64)).requires_grad_()
-    got = run(tensors, "torch")
-    assert_equal(got, run(tensors, "reference"))
-    ones = tensors | {"dt": torch.ones(2, T, 4, dtype=torch.float64, requires_grad=True)}
-    torch.testing.assert_close(got["y"], run(ones, "reference")["y"])
-
-
-def test_without_an_initial_state_it_starts_from_nothing():
-    tensors = inputs(70)
-    zero = ssd(**tensors | {"initial_states": torch.zeros(2, 4, 8, 16, dtype=torch.float64)})
-    none = ssd(**tensors | {"initial_states": None})
-    assert none[1] is None and zero[1] is None
-    torch.testing.assert_close(none[0], zero[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("T", [1, 70])
-def test_autocast_changes_nothing(T):
-    tensors = inputs(T, dtype=torch.float32)
-    truth = ssd(**tensors, return_final_states=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = ssd(**tensors, return_final_states=True)
-    torch.testing.assert_close(got, truth, rtol=0, atol=0)
-    sums = (sum(t.sum() for t in pair) for pair in (got, truth))
-    gradients = [torch.autograd.grad(total, tensors.values()) for total in sums]
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+        inputs["A"] = -torch.rand(2, T, 4, dtype=torch.float64)
+    got = run(SSD, inputs, "torch")
+    assert_equal(got, run(SSD, inputs, "reference"))
+    ones = inputs | {"dt": torch.ones(2, T, 4, dtype=torch.float64)}
+    torch.testing.assert_close(got["y"], run(SSD, ones, "reference")["y"])
 
 
 @pytest.mark.parametrize("T", [1, 17, 64, 100, 192])
 @pytest.mark.parametrize(("G", "chunk_size"), [(1, CHUNK), (2, CHUNK), (4, 16)])
 def test_counted_flops_are_those_that_pytorch_counts(T, G, chunk_size):
-    tensors = {name: t.to("meta") for name, t in inputs(T, batch=1, G=G).items()}
+    inputs = {name: x.to("meta") for name, x in problem(T, batch=1, groups=G).items()}
     with FlopCounterMode(display=False) as counter:
-        ssd(**tensors, chunk_size=chunk_size)
+        ssd(**inputs, chunk_size=chunk_size)
     assert ssd_flops(T, 4, G, 8, 16, chunk_size) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backend": "cuda"}, "unknown backend 'cuda'.*reference"),
         ({"A": torch.zeros(3)}, r"A \(3,\)"),
         ({"B": torch.zeros(2, 10, 4, 16)}, r"B \(2, 10, 4, 16\)"),
         ({"B": torch.zeros(2, 10, 3, 16), "C": torch.zeros(2, 10, 3, 16)}, "4 heads are not a multiple of 3 groups"),
@@ -196,14 +180,14 @@ def test_counted_flops_are_those_that_pytorch_counts(T, G, chunk_size):
 )
 def test_bad_input_is_refused_by_name(change, words):
     with pytest.raises(ValueError, match=words):
-        ssd(**(inputs(10) | change))
+        ssd(**(problem(10) | change))
 
 
 def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
-    tensors = {name: t.detach() for name, t in inputs(20).items()}
+    inputs = problem(20)
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     with pytest.raises(ValueError, match="needs the package mamba-ssm.*or choose from auto, reference, torch"):
-        ssd(**tensors, backend="mamba_ssm")
+        ssd(**inputs, backend="mamba_ssm")
 
     def mamba_chunk_scan_combined(
         x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
@@ -222,23 +206,29 @@ def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
     options = {"dt_bias": torch.ones(4), "dt_softplus": True, "dt_limit": (0.1, 1.5)}
     for final in (False, True):
         got, expected = (
-            ssd(**tensors, **options, return_final_states=final, backend=backend) for backend in ("mamba_ssm", "torch")
+            ssd(**inputs, **options, return_final_states=final, backend=backend) for backend in ("mamba_ssm", "torch")
         )
         torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="takes a dt, A .H. and no cu_seqlens"):
-        ssd(**tensors | {"dt": None}, backend="mamba_ssm")
+        ssd(**inputs | {"dt": None}, backend="mamba_ssm")
 
 
-@pytest.mark.slow  # half a minute of compilation
+@pytest.mark.thorough
+def test_the_triton_operator_passes_pytorchs_own_checks(triton_device):
+    from kernels.state_space.triton_operators import forward
+
+    t = {name: x.to(triton_device) for name, x in in_single(problem(20, batch=1)).items()}
+    packed = [x[0].contiguous().requires_grad_() for x in (t["x"], t["dt"], t["dt"] * t["A"], t["B"], t["C"])]
+    cu_seqlens = torch.tensor([0, 20], device=triton_device)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(forward, (*packed, t["initial_states"], cu_seqlens, True), test_utils=checks)
+
+
+@slow  # half a minute of compilation
 def test_it_and_the_short_convolution_compile_without_a_break():
     shapes = {
-        "x": (1, 100, 16),
-        "weight": (16, 4),
-        "dt": (1, 100, 2),
-        "A": (2,),
-        "B": (1, 100, 1, 8),
-        "C": (1, 100, 1, 8),
-    }
+        "x": (1, 100, 16), "weight": (16, 4), "dt": (1, 100, 2), "A": (2,), "B": (1, 100, 1, 8), "C": (1, 100, 1, 8),
+    }  # fmt: skip
     leaves = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
 
     def loss(x, weight, dt, A, B, C):

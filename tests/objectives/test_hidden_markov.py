@@ -8,13 +8,16 @@ from hydra.utils import instantiate
 
 from experiments.data.hidden_markov import HiddenMarkovLanguage
 from experiments.data.optimal import OptimalModel
+from experiments.harness.identity import run_of
 from experiments.harness.run import execute
 from objectives.block_diffusion import BlockDiffusion
+from objectives.contracts import Batch, Request
+from objectives.decoding.revising import Revise
+from objectives.decoding.unmasking import Ancestral, Ordered, Remask
 from objectives.masked_diffusion import MaskedDiffusion
 from objectives.next_token import NextToken
 from objectives.noise import Cosine, Polynomial
-from objectives.sampling import Ancestral, Ordered, Remask
-from objectives.uniform_diffusion import Revise, UniformDiffusion
+from objectives.uniform_diffusion import UniformDiffusion
 
 LANGUAGE = HiddenMarkovLanguage(states=6, symbols=8, concentration=0.2, seed=3)
 V, T = LANGUAGE.symbols, 24
@@ -40,19 +43,22 @@ def optimal(objective):
 
 
 def test_the_optimal_predictor_gives_the_exact_likelihood():
-    got = NextToken(V, V).bound(OptimalModel(LANGUAGE), TOKENS, torch.Generator())
+    got = NextToken(V, V).evaluate(OptimalModel(LANGUAGE), Batch.of(TOKENS), torch.Generator())
     torch.testing.assert_close(got.nats_B, TRUTH)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_optimal_denoiser_gives_a_bound_equal_to_the_likelihood_within_its_own_error(name):
     objective = OBJECTIVES[name]
-    results = [objective.bound(optimal(objective), TOKENS, torch.Generator().manual_seed(i)) for i in range(12)]
+    results = [
+        objective.evaluate(optimal(objective), Batch.of(TOKENS), torch.Generator().manual_seed(i)) for i in range(12)
+    ]
     mean = torch.stack([r.nats_B for r in results]).mean(0).sum()
     error = math.sqrt(sum(r.variance for r in results)) / len(results)
     assert abs(mean - TRUTH.sum()) < 4 * error + 1e-6
     assert error < 0.01 * TRUTH.sum()
-    losses = [objective.loss(optimal(objective), TOKENS, torch.Generator().manual_seed(i)) for i in range(12)]
+    losses = [objective.loss(optimal(objective), Batch.of(TOKENS), torch.Generator().manual_seed(i)) for i in range(12)]
     losses = torch.stack(losses).double()
     assert abs(losses.mean() - TRUTH.sum() / TOKENS.numel()) < 4 * losses.std() / 12**0.5 + 1e-6
 
@@ -65,7 +71,7 @@ def test_a_denoiser_that_is_not_optimal_lies_above_the_entropy(name):
 
     objective = OBJECTIVES[name]
     model = Blunt(LANGUAGE, objective.model_vocab_size - V, isinstance(objective, UniformDiffusion))
-    results = [objective.bound(model, TOKENS, torch.Generator().manual_seed(i)) for i in range(4)]
+    results = [objective.evaluate(model, Batch.of(TOKENS), torch.Generator().manual_seed(i)) for i in range(4)]
     error = math.sqrt(sum(r.variance for r in results)) / len(results)
     assert torch.stack([r.nats_B.sum() for r in results]).mean() > TRUTH.sum() + 3 * error
 
@@ -81,13 +87,13 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_follow_the_true_law_of_three_symbols(name):
+def test_samples_follow_the_true_distribution_of_three_symbols(name):
     objective, sampler = SAMPLERS[name]
     n = 4000
-    out = objective.sample(
-        optimal(objective), torch.zeros(n, 0, dtype=torch.long), 3, torch.Generator().manual_seed(0), sampler=sampler
-    ).tokens_BT
+    request = Request([torch.zeros(0, dtype=torch.long)], 3, torch.Generator().manual_seed(0), copies=n)
+    out = objective.sample(optimal(objective), request, sampler).tokens_BT
     triples = torch.cartesian_prod(*[torch.arange(V)] * 3)
     expected = n * LANGUAGE.log_likelihood(triples).exp()
     counts = torch.bincount(out @ torch.tensor([V * V, V, 1]), minlength=V**3).double()
@@ -98,6 +104,7 @@ def test_samples_follow_the_true_law_of_three_symbols(name):
     assert chi2 < degrees + 4 * math.sqrt(2 * degrees)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("objective", "distance"),
     [
@@ -108,12 +115,12 @@ def test_samples_follow_the_true_law_of_three_symbols(name):
 def test_a_small_trained_model_comes_near_the_true_entropy_and_not_below(make_config, objective, distance):
     """K14."""
     config = make_config(
-        f"objective={objective}", "data=hidden_markov", "data.sequence_length=32", "budget.flops=3e10", "arch.width=16",
+        f"objective={objective}", "data=hidden_markov", "data.sequence_length=32", "arch.width=16",
         "data.tokens.language={states:4,symbols:8,concentration:0.2,seed:3}", "data.tokens.train_tokens=262144",
-        "data.tokens.heldout_tokens=16384", "data.allow_repeats=true",
+        "data.tokens.heldout_tokens=16384", "budget.flops=2.5e10", "data.allow_repeats=true",
         *(["objective.build.block_size=4"] if objective == "block_diffusion" else []),
     )  # fmt: skip
-    row = execute(config)
+    row = execute(run_of(config))
     language = instantiate(config.data.tokens.language)
     data = instantiate(config.data.tokens)
     windows = torch.from_numpy(data.heldout.astype("int64")).view(-1, 32)

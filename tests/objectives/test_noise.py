@@ -1,4 +1,4 @@
-"""Times and masks: each row's own law is right, however a batch is spread."""
+"""Times and masks: each row's own distribution is right, however a batch is spread."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from objectives.noise import TIMES, Cosine, Polynomial, draw_times, mask_some
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
 def test_every_rows_time_is_uniform(times, n):
@@ -35,13 +36,13 @@ def test_the_rate_of_a_schedule_is_its_slope(schedule):
     torch.testing.assert_close(schedule.rate(t.detach()), slope)
 
 
-def test_numbers_of_masked_tokens_are_uniform_and_masks_and_shares_follow_from_them():
-    """K10 too: every row sees every share of noise, whatever its place in the batch."""
+def test_numbers_of_masked_tokens_are_uniform_and_masks_and_fractions_follow_from_them():
+    """K10 too: every row sees every fraction of noise, whatever its place in the batch."""
     noisable = torch.ones(6, 4, dtype=torch.bool)
     noisable[2] = torch.tensor([True, False, True, False])
     noisable[5] = False
     draws = [mask_some(noisable, torch.Generator().manual_seed(i)) for i in range(3000)]
-    masked, weight, share = (torch.stack(x) for x in zip(*draws))
+    masked, weight, fraction = (torch.stack(x) for x in zip(*draws, strict=True))
     assert not (masked & ~noisable).any()
     for row, n in ((0, 4), (2, 2), (4, 4)):
         k = masked[:, row].sum(1)
@@ -49,7 +50,7 @@ def test_numbers_of_masked_tokens_are_uniform_and_masks_and_shares_follow_from_t
         torch.testing.assert_close(weight[:, row], n / k.double())
         where = masked[:, row][:, noisable[row]].double().mean(0)
         assert where.tolist() == pytest.approx([(n + 1) / 2 / n] * n, abs=0.04)
-        assert share[:, row].mean() == pytest.approx(0.5, abs=0.02)
+        assert fraction[:, row].mean() == pytest.approx(0.5, abs=0.02)
         for number in range(1, n + 1):  # Beta(k, n - k + 1)
-            assert share[k == number, row].mean() == pytest.approx(number / (n + 1), abs=0.04)
-    assert not masked[:, 5].any() and weight[:, 5].isfinite().all() and (share[:, 5] <= 1).all()
+            assert fraction[k == number, row].mean() == pytest.approx(number / (n + 1), abs=0.04)
+    assert not masked[:, 5].any() and weight[:, 5].isfinite().all() and (fraction[:, 5] <= 1).all()

@@ -5,18 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.scaling.fit import fit_runs, group_budgets, read_runs, select_runs
+from experiments.scaling.fit import fit_runs
 from experiments.scaling.parametric import Surface, bootstrap, fit_huber
+from experiments.scaling.runs import Columns, group_budgets, read_runs, select_runs
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "chinchilla_runs.csv"
-COLUMNS = {"flops": "Training FLOP", "params": "Model Size", "loss": "loss"}
-pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA.name}, which is not part of the repository")
+COLUMNS = Columns(flops="Training FLOP", params="Model Size", loss="loss")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(not DATA.exists(), reason=f"needs {DATA.name}, which is not part of the repository"),
+]
 
 
 def runs(dropped):
-    table, refused, _ = select_runs(read_runs(DATA), COLUMNS, drop_highest=dropped)
-    assert len(refused) == dropped and len(table) == 245 - dropped
-    return tuple(table[name].to_numpy() for name in ("params", "tokens", "loss"))
+    got = select_runs(read_runs(DATA), COLUMNS, drop_highest=dropped)
+    assert len(got.refused) == dropped and len(got.runs) == 245 - dropped
+    return tuple(got.runs[name].to_numpy() for name in ("params", "tokens", "loss"))
 
 
 def test_rounding_hoffmanns_parameters_moves_their_allocation_by_a_quarter():
@@ -45,12 +49,12 @@ def test_the_replications_standard_error_is_reproduced(draws, tolerance):
     data = runs(5)
     s = fit_huber(*data)
     start = np.array([[np.log(s.A), np.log(s.B), np.log(s.E), s.alpha, s.beta]])
-    got = bootstrap(lambda w: fit_huber(*data, start, w), len(data[0]), draws, seed=42)
-    assert got["sd_a"] == pytest.approx(0.020, abs=tolerance) and got["draws_refused"] == 0
+    got = bootstrap(s, lambda w: fit_huber(*data, start, w), len(data[0]), draws, seed=42)
+    ours = got.estimates
+    assert ours.sd_a == pytest.approx(0.020, abs=tolerance) and got.draws_refused == 0
     # Published 95 % intervals, at the precision that this many draws allow.
-    for name, (low, high) in {"alpha": (0.317, 0.373), "beta": (0.331, 0.415), "E": (1.769, 1.871)}.items():
-        width = high - low
-        assert got[name] == pytest.approx([low, high], abs=0.3 * width)
+    for found, low, high in ((ours.alpha, 0.317, 0.373), (ours.beta, 0.331, 0.415), (ours.E, 1.769, 1.871)):
+        assert [found.low, found.high] == pytest.approx([low, high], abs=0.3 * (high - low))
 
 
 def test_the_nine_isoflop_budgets_are_found_in_the_scattered_flops():
@@ -61,7 +65,7 @@ def test_the_nine_isoflop_budgets_are_found_in_the_scattered_flops():
 
 
 def test_isoflop_and_parametric_exponents_agree_within_their_intervals():
-    got = fit_runs(read_runs(DATA), COLUMNS, drop_highest=5, sensitivity=(), bootstrap=40)
-    low, high = got["power_laws"]["N"]["exponent_interval"]
-    assert low < 0.5139 < high and low < 0.49 < high  # 0.49 is Hoffmann's own, from isoFLOP curves
-    assert got["derived"] == ["tokens = flops / (6 * params)"] and got["flops_over_6nd"]["median"] == pytest.approx(1)
+    got = fit_runs(read_runs(DATA), COLUMNS, drop_highest=5, sensitivity=(), draws=40)
+    exponent = got.power_laws.N.exponent
+    assert 0.5139 in exponent and 0.49 in exponent  # 0.49 is Hoffmann's own, from isoFLOP curves
+    assert got.derived == ("tokens = flops / (6 * params)",) and got.flops_over_6nd.median == pytest.approx(1)

@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.scaling.isoflop import (
+    Flat,
+    Located,
+    NoMinimum,
+    estimate,
     find_minimum,
     fit_line,
     fit_saturating,
-    interval,
     merge_replicates,
     resample_minima,
 )
@@ -38,7 +41,7 @@ def test_curvature_and_frontier_slope_obey_their_identities_at_the_optimum():
     s, flops = CHINCHILLA, 1e20
     lowest = s.loss(*s.optimum(flops))
     found = find_minimum(flops, *curve(flops, 1.05, 9))
-    assert found.curvature == pytest.approx(s.alpha * s.beta * (lowest - s.E) / 2, rel=1e-3)
+    assert found.parabola.curvature == pytest.approx(s.alpha * s.beta * (lowest - s.E) / 2, rel=1e-3)
     slope = (s.loss(*s.optimum(flops * 1.001)) - s.loss(*s.optimum(flops / 1.001))) / (2 * np.log(1.001))
     assert slope == pytest.approx(-s.alpha * s.beta / (s.alpha + s.beta) * (lowest - s.E), rel=1e-4)
 
@@ -51,38 +54,38 @@ def test_order_and_units_do_not_change_a_minimum(order, unit, bits):
     loss = loss + rng.normal(0, 0.002, 9)
     base, order = find_minimum(1e19, x, loss), list(order)
     other = find_minimum(1e19, x[order] + np.log(unit), loss[order] * bits)
-    assert other.refused == base.refused is None
+    assert isinstance(base, Located) and isinstance(other, Located)
     assert other.x == pytest.approx(base.x + np.log(unit), abs=1e-7)
     assert other.loss == pytest.approx(base.loss * bits, rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("x", "loss", "reason"),
+    ("x", "loss", "kind", "reason"),
     [
-        ([], [], "too few points"),
-        ([1, 2], [3.0, 3.1], "too few points"),
-        ([1, 1.001, 1.002, 2], [3.0, 3.1, 3.2, 2.9], "too few points"),
-        ([0, 1, 2, 3], [3, 3.1, 3.3, 3.6], "edge minimum: the best of 4 sizes is the smallest"),
-        ([0, 1, 2, 3], [3.6, 3.3, 3.1, 3], "edge minimum: the best of 4 sizes is the largest"),
-        (np.arange(7) / 4, [3.03, 2.99, 3.01, 2.98, 3.03, 2.99, 3.03], "not distinguishable from zero"),
-        (np.arange(7) / 4, [3.0, 3.3, 3.3, 2.9, 3.3, 3.3, 3.0], "is not positive"),
+        ([], [], NoMinimum, "too few points"),
+        ([1, 2], [3.0, 3.1], NoMinimum, "too few points"),
+        ([1, 1.001, 1.002, 2], [3.0, 3.1, 3.2, 2.9], NoMinimum, "too few points"),
+        ([0, 1, 2, 3], [3, 3.1, 3.3, 3.6], NoMinimum, "edge minimum: the best of 4 sizes is the smallest"),
+        ([0, 1, 2, 3], [3.6, 3.3, 3.1, 3], NoMinimum, "edge minimum: the best of 4 sizes is the largest"),
+        (np.arange(7) / 4, [3.03, 2.99, 3.01, 2.98, 3.03, 2.99, 3.03], Flat, "not distinguishable from zero"),
+        (np.arange(7) / 4, [3.0, 3.3, 3.3, 2.9, 3.3, 3.3, 3.0], Flat, "is not positive"),
     ],
 )
-def test_a_curve_without_a_minimum_is_refused_with_the_reason(x, loss, reason):
+def test_a_curve_without_a_minimum_is_refused_with_the_reason(x, loss, kind, reason):
     found = find_minimum(1e15, np.array(x, float), np.array(loss, float))
-    assert reason in found.refused and np.isnan(found.x) and np.isnan(found.loss)
+    assert isinstance(found, kind) and reason in found.refused
 
 
 def test_few_sizes_are_flagged_and_not_refused():
     found = find_minimum(1e15, np.array([0.0, 1, 2, 4]), np.array([3.1, 3.0, 3.1, 3.9]))
-    assert found.refused is None and found.window_sizes == 3 and "few points: 3 sizes" in found.flags[0]
+    assert isinstance(found, Located) and len(found.parabola.x) == 3 and "few points: 3 sizes" in found.flags[0]
 
 
 def test_a_run_far_from_the_best_has_no_say_in_the_parabola():
     x, loss = curve(1e19, 4, 9)
     base = find_minimum(1e19, x, loss)
     outside = find_minimum(1e19, np.append(x, x.max() + 2), np.append(loss, 9.0))
-    assert outside.x == base.x and outside.sizes == 10 and outside.window_sizes == base.window_sizes
+    assert outside.x == base.x and outside.sizes == 10 and len(outside.parabola.x) == len(base.parabola.x)
 
 
 def test_seeds_of_one_size_are_averaged():
@@ -99,13 +102,15 @@ def test_a_saturating_law_is_recovered():
 def test_the_interval_is_the_wider_of_resampling_and_jackknife_and_contains_the_value():
     draws = np.random.default_rng(0).normal(1.0, 0.1, 4000)
     narrow, wide = np.full(4, 1.0), np.array([0.5, 1.5, 0.7, 1.3])
-    assert interval(1.0, draws, narrow) == pytest.approx((0.804, 1.196), abs=0.02)
+    by_draws, by_jackknife = estimate(1.0, draws, narrow), estimate(1.0, draws, wide)
+    assert (by_draws.low, by_draws.high) == pytest.approx((0.804, 1.196), abs=0.02)
     # Jackknife: sqrt(3/4 * 0.68) = 0.714 standard errors, t(3) = 3.182.
-    assert interval(1.0, draws, wide) == pytest.approx((1 - 2.2725, 1 + 2.2725), abs=2e-3)
-    low, high = interval(1.5, draws, narrow)
-    assert low < 1.5 <= high
+    assert (by_jackknife.low, by_jackknife.high) == pytest.approx((1 - 2.2725, 1 + 2.2725), abs=2e-3)
+    beside = estimate(1.5, draws, narrow)
+    assert beside.low < 1.5 <= beside.high
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("budgets", "sizes"), [(3, 6), (4, 6), (6, 9)])
 @pytest.mark.parametrize("repeats", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_intervals_of_the_exponents_cover_the_truth(budgets, sizes, repeats):
@@ -120,12 +125,12 @@ def test_intervals_of_the_exponents_cover_the_truth(budgets, sizes, repeats):
         for c in flops:
             x, loss = curve(c, 3, sizes)
             minima.append(find_minimum(c, x, loss * np.exp(rng.normal(0, 0.003, sizes))))
-        if any(m.refused for m in minima):
+        if not all(isinstance(m, Located) for m in minima):
             continue
         fits += 1
         draws_x, draws_loss = resample_minima(minima, 300, seed=fits)
-        size = fit_line(flops, np.array([m.x for m in minima]), draws_x).slope_interval()
-        loss = fit_line(flops, np.log([m.loss for m in minima]), np.log(draws_loss)).slope_interval()
-        hits += [size[0] <= CHINCHILLA.a <= size[1], loss[0] <= true_loss <= loss[1]]
+        size = fit_line(flops, np.array([m.x for m in minima]), draws_x).estimate_slope()
+        loss = fit_line(flops, np.log([m.loss for m in minima]), np.log(draws_loss)).estimate_slope()
+        hits += [CHINCHILLA.a in size, true_loss in loss]
     allowed = 0.93 - 3 * np.sqrt(0.93 * 0.07 / repeats)
     assert (hits / repeats >= allowed).all(), hits / repeats

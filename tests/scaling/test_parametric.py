@@ -29,6 +29,7 @@ def values(surface):
     return [surface.E, surface.A, surface.B, surface.alpha, surface.beta]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("fit", "tolerance"), [(fit_projection, 1e-6), (fit_huber, 1e-4)])
 def test_a_noise_free_surface_is_recovered(fit, tolerance):
     assert values(fit(*runs())) == pytest.approx(values(TRUE), rel=tolerance)
@@ -51,6 +52,7 @@ def test_the_objective_is_the_sum_over_runs_not_their_mean():
     assert huber_objective(p, *(np.tile(x, 3) for x in data))[0] == pytest.approx(3 * once)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fit", FITS)
 def test_order_and_units_do_not_change_a_fit(fit):
     n, d, loss = runs(0.01)
@@ -61,6 +63,7 @@ def test_order_and_units_do_not_change_a_fit(fit):
     assert fit(n, d, loss / np.log(2)).a == pytest.approx(base.a, abs=2e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fit", FITS)
 def test_a_weight_of_two_is_a_run_that_stands_twice(fit):
     n, d, loss = runs(0.01, points=6)
@@ -104,11 +107,12 @@ def coverage(fit, warm, repeats, draws):
     for seed in range(repeats):
         n, d, loss = runs(0.01, seed)
         point = fit(n, d, loss)
-        low, high = bootstrap(lambda w: warm(n, d, loss, point, w), len(n), draws, seed)["a"]  # noqa: B023
-        hits += low <= TRUE.a <= high
+        drawn = bootstrap(point, lambda w: warm(n, d, loss, point, w), len(n), draws, seed)  # noqa: B023
+        hits += TRUE.a in drawn.estimates.a
     return hits / repeats
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("repeats", "draws", "least"), [(10, 30, 0.7), pytest.param(200, 200, 0.88, marks=pytest.mark.slow)]
 )

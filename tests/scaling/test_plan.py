@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from experiments.harness.run import run_id
+from experiments.findings import jsonable
+from experiments.harness.identity import run_of
 from experiments.scaling.plan import Arm, Cell, difference, make_plan, nearest_width
 
 SWEEP = {
@@ -43,31 +44,36 @@ def planned(sweep, arms, data):
     return make_plan(sweep, arms(sweep), data, "python -m experiments.sweep")
 
 
+@pytest.mark.thorough
 def test_a_plan_has_every_arm_budget_size_and_seed_once(sweep, arms, data):
     plan = planned(sweep(), arms, data)
-    cells = [Cell(**cell) for cell in plan["cells"]]
-    assert plan["budgets"] == [1e9, 2e9, 4e9] and plan["holdout_budget"] == 8e9
-    for arm in plan["arms"]:
-        mine = [cell for cell in cells if cell.arm == arm]
+    assert plan.budgets == [1e9, 2e9, 4e9] and plan.holdout_budget == 8e9
+    for arm in plan.arms:
+        mine = [cell for cell in plan.cells if cell.arm == arm]
         assert sum(cell.kind == "tune" for cell in mine) == 2
-        for budget in plan["budgets"]:
+        for budget in plan.budgets:
             group = [cell for cell in mine if cell.kind == "fit" and cell.budget == budget]
             assert (
                 len(group) == 8 and len({cell.width for cell in group}) == 4 and {cell.seed for cell in group} == {0, 1}
             )
         assert len([cell for cell in mine if cell.kind == "holdout"]) == 4
-    assert json.loads(json.dumps(plan)) == plan
+    assert json.loads(json.dumps(jsonable(plan))) == jsonable(plan)
+    assert [Cell(**cell) for cell in jsonable(plan)["cells"]] == plan.cells
+    assert plan.design.cells == len(plan.cells) and plan.design.corpus.digest == data.digest
 
 
+@pytest.mark.thorough
 def test_a_plan_is_the_same_whenever_it_is_made(sweep, arms, data):
     assert planned(sweep(), arms, data) == planned(sweep(), arms, data)
 
 
+@pytest.mark.thorough
 def test_every_cell_meets_its_budget_to_within_a_sequence(sweep, arms, data):
-    for cell in planned(sweep(), arms, data)["cells"]:
-        assert 0.9 * cell["budget"] < cell["flops"] <= cell["budget"] * (1 + 1e-9)
+    for cell in planned(sweep(), arms, data).cells:
+        assert 0.9 * cell.budget < cell.flops <= cell.budget * (1 + 1e-9)
 
 
+@pytest.mark.thorough
 def test_sizes_lie_around_the_planned_optimum(sweep, arms):
     arm = arms(sweep())[0]
     budget = 1e13
@@ -90,13 +96,21 @@ def test_the_nearest_width_is_the_best_of_its_neighbours(target, step, depth):
             assert error <= max(params(other) / target, target / params(other)) - 1 + 1e-9
 
 
-def test_the_cells_overrides_compose_to_the_planned_run(sweep, arms, make_config, data):
+def test_what_is_launched_for_a_cell_is_the_run_that_was_planned(sweep, arms, make_run):
     arm = arms(sweep())[1]
     cell = arm.cell("fit", 2e9, 24, 3, 0.005)
-    composed = make_config(*arm.overrides, *cell.overrides)
-    assert run_id(composed) == arm.cell_id(cell)
+    run = run_of(arm.configure(cell))
+    by_hand = make_run(
+        "arch=gated_delta_hybrid", "objective=masked_diffusion", "budget.flops=2e9", "arch.width=24", "seed=3",
+        "optim.learning_rate=0.005",
+    )  # fmt: skip
+    assert run.id == arm.cell_id(cell) == by_hand.id
+    assert (run.session.kind, run.session.arm) == ("fit", arm.name)
+    waiting = arm.cell("fit", 2e9, 24, 3, None)
+    assert waiting.with_rate(0.005) == cell and cell.with_rate(0.1) == cell
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -113,12 +127,13 @@ def test_impossible_plans_say_what_is_wrong(sweep, arms, data, changes, words):
         planned(sweep(**changes), arms, data)
 
 
+@pytest.mark.thorough
 def test_a_difference_between_plans_is_shown_where_it_is(sweep, arms, data):
     old, new = planned(sweep(), arms, data), planned(sweep(budgets=[1e9, 2e9, 3e9]), arms, data)
-    lines = difference(old, new)
+    lines = difference(jsonable(old), jsonable(new))
     assert (
         "budgets: [1000000000.0, 2000000000.0, 4000000000.0] on disk, [1000000000.0, 2000000000.0, 3000000000.0]"
         in lines[0]
     )
     assert any(line.startswith("cells: 16 only on disk, 16 only in the new plan") for line in lines)
-    assert difference(old, old) == []
+    assert difference(jsonable(old), jsonable(old)) == []

@@ -1,0 +1,36 @@
+"""What each parameter of a model is for: what initialisation, optimisers and adapters go by."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import nn
+
+from archs.channels.experts import ExpertLinear
+
+Linear = nn.Linear | ExpertLinear
+
+
+class Role(Enum):
+    """MATRIX: the weight of a linear layer inside the blocks, whose sums run over its fan-in. HEAD: that of the head.
+    EMBEDDING: one vector per token id, position or time. VECTOR: all else (norms, biases, taps, decay rates)."""
+
+    MATRIX = "matrix"
+    HEAD = "head"
+    EMBEDDING = "embedding"
+    VECTOR = "vector"
+
+
+@dataclass(frozen=True, eq=False)
+class RoleParameter:
+    """fan_in: how many products each output of a MATRIX or HEAD sums, 1 for the others."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+    fan_in: int
+
+
+def linear_layers(module: nn.Module) -> Iterator[Linear]:
+    """Every linear layer inside a module, those of experts included, in the order of registration."""
+    return (layer for layer in module.modules() if isinstance(layer, Linear))

@@ -1,0 +1,103 @@
+"""The findings of an experiment: numbers with their intervals, verdicts in words, and both as JSON."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from experiments.harness.ledger import write_atomically
+
+QUANTILES = (0.025, 0.975)  # the ends of every interval: 95 %
+
+StudyOutcome = Literal["holds", "does not hold", "cannot tell"]
+ArmOutcome = Literal["better", "worse", "crosses over", "no difference at this scale", "cannot tell"]
+OUTCOMES = tuple(dict.fromkeys((*get_args(StudyOutcome), *get_args(ArmOutcome))))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the ends of its 95 % interval, in the number's own unit.
+
+    Printed as "1.33 [0.96, 1.7]", each of the three by the format's specification, `.3g` where there is none.
+
+    Raises:
+        ValueError: when the ends are the wrong way round.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"an interval from {self.low} to {self.high} is the wrong way round: give low, then high")
+
+    def __format__(self, specification: str) -> str:
+        return f"{self.value:{specification or '.3g'}} {self.interval(specification)}"
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def __contains__(self, number: float) -> bool:
+        return self.low <= number <= self.high
+
+    def interval(self, specification: str = "") -> str:
+        """Returns the interval alone, as "[0.96, 1.7]"."""
+        return f"[{self.low:{specification or '.3g'}}, {self.high:{specification or '.3g'}}]"
+
+    def map(self, increasing: Callable[[float], float]) -> "Estimate":
+        """Returns the estimate of an increasing function of the number, such as its exponential."""
+        return Estimate(*(float(increasing(x)) for x in (self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The reason why there is no result, in the result's place."""
+
+    refused: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to a question that was asked before the runs.
+
+    outcome: for a study "holds", "does not hold" or "cannot tell"; for an arm against another "better", "worse",
+        "crosses over", "no difference at this scale" or "cannot tell".
+    sentence: the answer in plain words, with its numbers.
+    effect: the number that the outcome was read from; None where there was not enough to estimate it.
+    rule: how the outcome follows from the numbers, in words, written before the runs.
+
+    Raises:
+        ValueError: for any other outcome.
+    """
+
+    outcome: StudyOutcome | ArmOutcome
+    sentence: str
+    effect: Estimate | None
+    rule: str
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome {self.outcome!r} is none of {', '.join(map(repr, OUTCOMES))}")
+
+
+def jsonable(x: Any) -> Any:
+    """Returns `x` in JSON's types: a dataclass by its fields, NumPy numbers as Python's, NaN and infinity as None."""
+    if is_dataclass(x) and not isinstance(x, type):
+        return {field.name: jsonable(getattr(x, field.name)) for field in fields(x)}
+    if isinstance(x, Mapping):
+        return {str(key): jsonable(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [jsonable(value) for value in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    return None if isinstance(x, float) and not np.isfinite(x) else x
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write what `jsonable` makes of `content`, whole or not at all, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")

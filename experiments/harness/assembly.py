@@ -1,0 +1,122 @@
+"""From a run's config to its data, objective and model, and to what the run will be before anything is trained."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from archs.costs import Costs, costs
+from archs.language_model import LanguageModel
+from experiments.data.token_data import TokenData
+from experiments.data.windows import check_enough, document_lengths
+from experiments.harness.budget import Allocation, allocate
+from experiments.harness.optimisers import Optimiser
+from experiments.harness.schedules import Schedule
+from experiments.harness.trainer import Trainer
+from objectives.contracts import Objective
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's model before it is trained, or even given memory.
+
+    flops_per_step: what the optimiser costs in each step. objective, optimiser: the parts themselves.
+    """
+
+    costs: Costs
+    depth: int
+    flops_per_step: float
+    objective: Objective
+    optimiser: Optimiser
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run will be, known before anything is trained."""
+
+    measured: Measured
+    allocation: Allocation
+    trainer: Trainer
+    schedule: Schedule
+    device: torch.device
+    precision: str
+    compiled: bool
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Return what a node of the config builds.
+
+    Raises:
+        ValueError: that of the part, without Hydra's words around it.
+    """
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def open_data(config: DictConfig) -> TokenData:
+    """The data of a run."""
+    return build(config.data.tokens)
+
+
+def build_objective(config: DictConfig, data: TokenData) -> Objective:
+    """The objective for the vocabulary of the data."""
+    return build(config.objective.build, vocab_size=data.vocab_size, eot=data.eot)
+
+
+def build_model(config: DictConfig, objective: Objective) -> LanguageModel:
+    """The backbone with what the objective needs of it: its vocabulary, and parts that it asks for."""
+    return build(config.arch.model, vocab_size=objective.model_vocab_size, **objective.model_options)
+
+
+def measure(config: DictConfig, data: TokenData) -> Measured:
+    """Costs of a run's model, which is built on the meta device.
+
+    Raises:
+        ValueError: when backbone and objective, or objective and length, do not go together.
+    """
+    objective, optimiser, T = build_objective(config, data), build(config.optim), config.data.sequence_length
+    with torch.device("meta"):
+        model = build_model(config, objective)
+    try:
+        objective.check(model, T)
+    except ValueError as error:
+        raise ValueError(f"objective={config.objective.name} with arch={config.arch.name}: {error}") from error
+    lengths = document_lengths(data.train, data.eot, T) if config.data.packed else {T: 1.0}
+    forward = sum(number * objective.flops(model, length, data.counted) for length, number in lengths.items())
+    return Measured(costs(model, T, forward), model.depth, optimiser.flops(model.roles()), objective, optimiser)
+
+
+def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation:
+    """Tokens, steps and batches that the budget pays for.
+
+    Raises:
+        ValueError: when it pays for less than one step, or the corpus is shorter than the run and data.allow_repeats is
+            false.
+    """
+    allocation = allocate(
+        config.budget.flops,
+        measured.costs.flops_per_token,
+        config.data.sequence_length,
+        config.budget.batch_tokens,
+        measured.flops_per_step,
+    )
+    check_enough(len(data.train), allocation.tokens, config.data.allow_repeats)
+    return allocation
+
+
+def prepare_run(config: DictConfig, data: TokenData) -> Prepared:
+    """Return what a run will be. Raises ValueError as `measure` and `spend` do, and for a trainer that is not there."""
+    trainer: Trainer = build(config.trainer)
+    schedule: Schedule = build(config.schedule)
+    measured = measure(config, data)
+    allocation, device = spend(config, data, measured), trainer.device()
+    precision = trainer.precision_on(device, config.arch.width)
+    compiled = trainer.compiles(device, allocation.flops)
+    return Prepared(measured, allocation, trainer, schedule, device, precision, compiled)

@@ -1,0 +1,124 @@
+"""A run's identity: all of its config but one node, `session`, which says where it lies and how it is watched.
+
+Nothing in `session` reaches what computes a result, and nothing beside it is left out of the identity: a group that
+somebody adds to the config is part of it from the first run on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+SESSION = "session"
+
+
+@dataclass(frozen=True)
+class Session:
+    """The folder of runs, a run's labels in the ledger, and what is shown and saved on the way.
+
+    root: the run lies in <root>/cells/<id>, its row in <root>/ledger.jsonl.
+    kind, arm: labels, by which a sweep finds its runs.
+    checkpoint_seconds: time between checkpoints.
+    progress: whether to show a progress bar where standard output is a terminal.
+    """
+
+    root: Path
+    kind: str
+    arm: str
+    checkpoint_seconds: float
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run before it is run.
+
+    config: its identity, resolved. init_from: the folder of the weights that it begins with, or None; in the config
+    stands what they are, and not where.
+    """
+
+    config: DictConfig
+    session: Session
+    init_from: Path | None = None
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Hash of the identity, 12 hex digits."""
+        return run_id(self.config)
+
+    @property
+    def folder(self) -> Path:
+        return self.session.root / "cells" / self.id
+
+    @property
+    def ledger(self) -> Path:
+        return self.session.root / "ledger.jsonl"
+
+
+def run_of(config: DictConfig) -> Run:
+    """The run that a composed config describes.
+
+    Raises:
+        ValueError: for an `init_from` without weights.
+    """
+    parts = plain(config)
+    session = parts.pop(SESSION)
+    session = Session(**session | {"root": Path(session["root"])})
+    init_from = None
+    if parts["init_from"] is not None:
+        init_from, parts["init_from"] = find_weights(str(parts["init_from"]), session.root)
+    return Run(DictConfig(parts), session, init_from)
+
+
+def load_config(path: Path | str) -> DictConfig:
+    """A config that was saved."""
+    return DictConfig(plain(OmegaConf.load(path)))
+
+
+def plain(config: DictConfig | ListConfig) -> dict[str, Any]:
+    """A config with all that it refers to, in Python's own types."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def run_id(config: DictConfig) -> str:
+    """Hash of a resolved identity, 12 hex digits."""
+    parts = plain(config)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def find_weights(init_from: str, root: Path) -> tuple[Path, str]:
+    """The folder that `init_from` names, a run's id in <root>/cells or any folder with weights, and what stands for
+    these weights in an identity: the id of the run that made them, or a digest of the files.
+
+    Raises:
+        ValueError: when there are no weights.
+    """
+    for folder in (root / "cells" / init_from, Path(init_from).expanduser()):
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if files:
+            row = folder / "row.json"
+            if row.exists():
+                return folder, json.loads(row.read_text())["id"]
+            files += [path for path in [folder / "config.json"] if path.exists()]  # a public checkpoint's
+            return folder, digest(tuple(files), tuple(path.stat().st_mtime_ns for path in files))
+    raise ValueError(
+        f"init_from={init_from}: neither {root / 'cells' / init_from} nor a folder of that name holds *.safetensors; "
+        "give the id of a finished run under session.root, or a folder with weights"
+    )
+
+
+@functools.cache
+def digest(files: tuple[Path, ...], changed: tuple[int, ...]) -> str:
+    """sha256 of files, read once for each time of change."""
+    sha256 = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                sha256.update(block)
+    return f"sha256:{sha256.hexdigest()[:24]}"

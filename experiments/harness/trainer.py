@@ -1,0 +1,100 @@
+"""How a run is trained, whatever it trains: `trainer=`."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import Logger
+
+from experiments.harness import hardware
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Settings of training that are neither the model's nor the objective's.
+
+    Args:
+        precision: "float32", "bf16" (autocast), or "auto" for the one that pays on the device.
+        compile: whether the model is compiled: true, false, or "auto" for runs that are long enough.
+        accelerator: "cpu", "cuda", or "auto".
+        devices, nodes, strategy: as Lightning has them. Runs take one device so far, so nothing but 1, 1 and "auto".
+        gradient_clip: largest norm of the gradient.
+        evaluations: held-out evaluations in a run, the last one at its end.
+        evaluation_batch: held-out sequences at a time.
+
+    Raises:
+        ValueError: for a value that is not one of these.
+    """
+
+    precision: str
+    compile: bool | str
+    accelerator: str
+    devices: int
+    nodes: int
+    strategy: str
+    gradient_clip: float
+    evaluations: int
+    evaluation_batch: int
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("precision", ("auto", "float32", "bf16")),
+            ("compile", ("auto", True, False)),
+            ("accelerator", ("auto", "cpu", "cuda")),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"trainer.{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+        for name in ("evaluations", "evaluation_batch"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"trainer.{name}={value} must be at least 1")
+        if not self.gradient_clip > 0:
+            raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be above 0")
+        if (self.devices, self.nodes, self.strategy) != (1, 1, "auto"):
+            raise ValueError(
+                f"trainer.devices={self.devices}, nodes={self.nodes}, strategy={self.strategy!r}: batches are not yet "
+                "cut between processes, so a run takes devices=1, nodes=1, strategy=auto; a sweep's launcher runs "
+                "several runs at once"
+            )
+
+    def device(self) -> torch.device:
+        """The device that is meant by `accelerator`.
+
+        Raises:
+            ValueError: for cuda where there is none.
+        """
+        if self.accelerator == "cuda" and not torch.cuda.is_available():
+            raise ValueError("trainer.accelerator=cuda, but torch sees no CUDA device: choose cpu or auto")
+        return torch.device("cpu" if self.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
+
+    def precision_on(self, device: torch.device, width: int) -> str:
+        """ "float32" or "bf16", for a model of this width."""
+        return hardware.best_precision(device, width) if self.precision == "auto" else self.precision
+
+    def compiles(self, device: torch.device, flops: float) -> bool:
+        """Whether a run of so many FLOPs is compiled."""
+        return hardware.compiling_pays(device, flops) if self.compile == "auto" else bool(self.compile)
+
+    def lightning(
+        self, device: torch.device, precision: str, steps: int, logger: Logger, callbacks: Sequence[Callback]
+    ) -> L.Trainer:
+        """Lightning's trainer of one run."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            return L.Trainer(
+                accelerator=device.type,
+                devices=self.devices,
+                num_nodes=self.nodes,
+                strategy=self.strategy,
+                precision="bf16-mixed" if precision == "bf16" else "32-true",
+                max_steps=steps,
+                max_epochs=1,
+                val_check_interval=-(-steps // self.evaluations),
+                num_sanity_val_steps=0,
+                logger=logger,
+                callbacks=list(callbacks),
+                enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+                enable_model_summary=False,
+            )

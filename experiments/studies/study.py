@@ -1,0 +1,155 @@
+"""Studies: claims tested by runs. The cells, the settings and the rule of the verdict are written before the first run.
+
+A study is one class in one file here and one config in configs/study: cells -> rows -> table -> figure -> verdict. Runs
+and what is measured on them are kept by the run's id, so a study that is started again does only what is missing.
+"""
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from joblib import Parallel, delayed
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+
+from experiments.data.token_data import TokenData
+from experiments.findings import Verdict, jsonable, write_json
+from experiments.harness.assembly import open_data
+from experiments.harness.identity import Run
+from experiments.harness.run import execute
+from experiments.harness.weights import FinishedRun, load_run
+
+Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> the config of a run, with its session
+
+# Columns of the ledger that every table has, behind the labels of the cell and before what is measured.
+KEPT = ("id", "status", "error", "params_total", "flops", "tokens", "steps", "state_bytes", "bits_per_byte")
+KEPT += ("bits_per_byte_se", "bits_per_byte_kind", "train_loss", "train_seconds", "device")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training, and the rows of the table that come of it. labels: columns that tell its rows from the others."""
+
+    labels: dict
+    run: Run
+
+
+@dataclass(frozen=True)
+class Study(ABC):
+    """What a contributor writes.
+
+    claim: a sentence that holds or does not, as somebody would say it. source: who says so. rule: how the verdict
+    follows from the table, in words.
+    """
+
+    claim: str
+    source: str
+    rule: str
+
+    @abstractmethod
+    def cells(self, compose: Compose) -> Iterable[Cell]:
+        """The cells, in the order of the table.
+
+        Raises:
+            ValueError: for settings that cannot be run.
+        """
+
+    def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
+        """Return what is found on a trained model besides its row in the ledger: one dict per row of the table."""
+        return [{}]
+
+    @abstractmethod
+    def figure(self, table: pd.DataFrame) -> Figure:
+        """The table at a glance."""
+
+    @abstractmethod
+    def verdict(self, table: pd.DataFrame) -> Verdict:
+        """The rule applied to the table."""
+
+
+def carry_out(study: Study, cells: list[Cell], settings: DictConfig, root: Path, out: Path, jobs: int) -> Verdict:
+    """Run what is missing of a study and write its table.csv, figure.png and verdict.json.
+
+    Args:
+        settings: the study's node of the config, for the plan.
+        root: folder of the runs. out: folder of what is written. jobs: runs at a time.
+
+    Raises:
+        ValueError: when the rule or the settings were changed after runs had begun.
+    """
+    written = write_plan(study, cells, settings, root)
+    runs = [cell.run for cell in cells]
+    results = Parallel(n_jobs=jobs, return_as="generator")(delayed(execute)(run) for run in runs)
+    rows = {row["id"]: row for row in track(results, total=len(runs), description="runs")}
+    open_once: dict[str, TokenData] = {}
+    table = pd.DataFrame(
+        line
+        for cell in track(cells, description="measurements")
+        for line in rows_of(study, cell, rows, settings, open_once)
+    )
+    verdict = study.verdict(table)
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "table.csv", index=False, float_format="%.6g")
+    study.figure(table).savefig(out / "figure.png", dpi=110)
+    spent = sum(row["wall_seconds"] or 0.0 for row in rows.values())
+    devices = sorted({row["device"] for row in rows.values() if row["device"]})
+    write_json(
+        out / "verdict.json",
+        {"claim": study.claim, "source": study.source, "planned": written, "verdict": verdict}
+        | {"runs": len(runs), "run_seconds": round(spent), "devices": devices},
+    )
+    return verdict
+
+
+def write_plan(study: Study, cells: list[Cell], settings: DictConfig, root: Path) -> str:
+    """Write <root>/plan.json, once; return when that was.
+
+    Raises:
+        ValueError: when another plan lies there and runs of it have begun.
+    """
+    path = root / "plan.json"
+    plan = {
+        "claim": study.claim,
+        "rule": study.rule,
+        "settings": OmegaConf.to_container(settings, resolve=True),
+        "cells": [cell.labels | {"id": cell.run.id} for cell in cells],
+    }
+    plan = jsonable(plan)
+    if path.exists():
+        old = json.loads(path.read_text())
+        written = old.pop("written")
+        if old == plan:
+            return written
+        if (root / "ledger.jsonl").exists():
+            changed = ", ".join(key for key in plan if old.get(key) != plan[key])
+            raise ValueError(
+                f"{path} was written before the runs in that folder, and {changed} differ now: a rule is not changed "
+                "after the runs; go back to the plan, or give the study another folder with session.root=..."
+            )
+    written = time.strftime("%FT%T%z")
+    write_json(path, {"written": written} | plan)
+    return written
+
+
+def rows_of(
+    study: Study, cell: Cell, rows: dict[str, dict], settings: DictConfig, open_once: dict[str, TokenData]
+) -> list[dict]:
+    """The lines of the table that come of one cell; what is measured is kept in the run's folder."""
+    row = rows[cell.run.id]
+    line = cell.labels | {column: row[column] for column in KEPT}
+    if row["status"] != "done":
+        return [line]
+    text = json.dumps([jsonable(cell.labels), OmegaConf.to_container(settings, resolve=True)], sort_keys=True)
+    kept = cell.run.folder / f"measured-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    if not kept.exists():
+        data_settings = json.dumps(OmegaConf.to_container(cell.run.config.data, resolve=True), sort_keys=True)
+        if data_settings not in open_once:
+            open_once[data_settings] = open_data(cell.run.config)
+        write_json(kept, study.measure(cell, load_run(cell.run.folder, open_once[data_settings])))
+    return [line | found for found in json.loads(kept.read_text())]

@@ -1,0 +1,128 @@
+"""Launches of Triton kernels: dtypes that they take, block sizes for the GPU at hand, and the launch itself.
+
+To add a GPU, add its rows to BLOCK_SIZES: the tests compile every kernel for every architecture, head size and dtype,
+and check that its shared memory suffices.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BlockSizes(NamedTuple):
+    """The block that a program holds, its warps and its pipeline stages.
+
+    Attributes:
+        rows: tokens of the convolution; of a state key dimensions of the delta rule, channels of the state space dual
+            form.
+        columns: channels of the convolution; of a state value dimensions of the delta rule, numbers per channel of the
+            state space dual form.
+        forward_warps, backward_warps: warps of a program in the forward and in the backward pass.
+        stages: pipeline stages; of the delta rule in the kernels that go through a sequence, the others have one.
+    """
+
+    rows: int
+    columns: int
+    forward_warps: int
+    backward_warps: int
+    stages: int
+
+
+ANY_SIZE = math.inf
+
+# Operation, least compute capability that a row is for, largest head size that it is for.
+BLOCK_SIZES = {
+    "causal_conv1d": {
+        # Larger ones do not fit into registers.
+        (8, 0): {
+            ANY_SIZE: BlockSizes(rows=16, columns=64, forward_warps=4, backward_warps=4, stages=3),
+        },
+    },
+    "gated_delta_rule": {
+        (8, 0): {
+            64: BlockSizes(rows=64, columns=32, forward_warps=4, backward_warps=4, stages=2),
+            128: BlockSizes(rows=128, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+        },
+        (9, 0): {
+            64: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=2),
+            128: BlockSizes(rows=128, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+        },
+        # Triton 3.7 fails on these kernels in the tensor memory of Blackwell, which two warps do not use.
+        (10, 0): {
+            64: BlockSizes(rows=64, columns=32, forward_warps=2, backward_warps=2, stages=1),
+            128: BlockSizes(rows=128, columns=16, forward_warps=2, backward_warps=2, stages=1),
+            256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+        },
+    },
+    "ssd": {
+        (8, 0): {
+            ANY_SIZE: BlockSizes(rows=64, columns=32, forward_warps=4, backward_warps=4, stages=1),
+        },
+        (9, 0): {
+            ANY_SIZE: BlockSizes(rows=64, columns=64, forward_warps=8, backward_warps=8, stages=1),
+        },
+    },
+}
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Return the compute capability of the GPU that x is on; (0, 0) for Triton's interpreter."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+
+
+def block_sizes(operation: str, size: float, x: Tensor) -> BlockSizes:
+    """Return the row of an operation for heads of this size on the device of x; a GPU older than all rows takes the
+    oldest."""
+    table = BLOCK_SIZES[operation]
+    rows = table[max(least for least in table if least <= max(capability(x), min(table)))]
+    return rows[min(largest for largest in rows if largest >= size)]
+
+
+def power_of_two(n: int) -> int:
+    """Return the least power of two that is not below n, at least 1."""
+    return 1 << (max(n, 1) - 1).bit_length()
+
+
+def block_for(size: int, most: int) -> int:
+    """Return the block of a dimension of this size in a matrix product: a power of two from 16 to `most`."""
+    return min(most, max(16, power_of_two(size)))
+
+
+def precision_for(dtype: torch.dtype) -> str:
+    """Return the precision of `tl.dot`: TF32; for float32 in three parts that together keep its precision."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def check_dtype(x: Tensor) -> None:
+    """Check that the Triton kernels take tensors like x.
+
+    Raises:
+        ValueError: for a dtype other than float32, bfloat16 and float16.
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"the Triton kernels take float32, bfloat16 and float16, not {x.dtype}: choose backend='torch'"
+        )
+
+
+def launch_kernel(
+    kernel, *tensors: Tensor, grid: tuple[int, ...], named: dict, warps: int = 4, stages: int = 3
+) -> None:
+    """Launch a kernel on the device of its tensors.
+
+    Args:
+        kernel: a function of `triton.jit`.
+        tensors: its first arguments.
+        grid: programs in each dimension.
+        named: sizes, chunks and constants by name; the kernel is given those that it names after `tensors`.
+        warps, stages: warps of a program and pipeline stages, as Triton's own defaults.
+    """
+    others = {name: named[name] for name in kernel.arg_names[len(tensors) :]}
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, **others, num_warps=warps, num_stages=stages)

@@ -1,0 +1,36 @@
+"""An operation as the choice of a backend, trials, tests and benchmarks see it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public function with what its trials need.
+
+    Attributes:
+        run: the public function; takes a `backend` and gives outputs and a state.
+        random_problem: tokens and sizes -> inputs of `run` by name, in float64 on the CPU.
+        kept: inputs that models keep in float32 where the others are in half precision.
+    """
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    random_problem: Callable[..., dict[str, Tensor]]
+    kept: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+    def on_backend(self, backend: str) -> Callable[..., Tensor]:
+        """Return the outputs as a function of the inputs by name."""
+        return lambda **inputs: self.run(**inputs, backend=backend)[0]
+
+    def leaves(self, inputs: dict[str, Tensor], device: str, dtype: torch.dtype, gradients: bool) -> dict[str, Tensor]:
+        """Return copies of the inputs on a device, in `dtype` or as models keep them, that ask for gradients or not."""
+        exact = torch.promote_types(dtype, torch.float32)
+        tensors = {name: x.to(device, exact if name in self.kept else dtype) for name, x in inputs.items()}
+        return {name: x.detach().requires_grad_(gradients) for name, x in tensors.items()}

@@ -1,0 +1,83 @@
+"""Sequences of several lengths, packed one after the other, and how they are cut into chunks."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEW_TOKENS = 8  # of a sequence, that Triton backends decode one by one
+
+
+class Chunks(NamedTuple):
+    """Chunks of packed sequences. There may be more of them than needed: those are empty.
+
+    Attributes:
+        begins, ends: [chunks] int32, the tokens of each chunk: from its begin to at most the end of its sequence.
+        sequences: [chunks] int32, the sequence of each chunk.
+        firsts: [sequences + 1] int32, the first chunk of each sequence.
+    """
+
+    begins: Tensor
+    ends: Tensor
+    sequences: Tensor
+    firsts: Tensor
+
+
+def sequence_count(batch: int, cu_seqlens: Tensor | None) -> int:
+    """Return the number of sequences, each with a state: rows of the batch, or what lies packed in the one row."""
+    return batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def boundaries(batch: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
+    """Return cu_seqlens; where it is None, that of the rows of the batch laid one after the other."""
+    return torch.arange(batch + 1, device=like.device) * tokens if cu_seqlens is None else cu_seqlens
+
+
+def takes_steps(tokens: int, cu_seqlens: Tensor | None, inputs: tuple[Tensor, ...]) -> bool:
+    """Return True where a Triton backend goes token by token: for a few, when no gradient is wanted, as decoding
+    does."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return tokens <= FEW_TOKENS and cu_seqlens is None and not wanted
+
+
+def run_each_sequence(
+    run: Callable, tokens: list[Tensor | None], states: Tensor, cu_seqlens: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return outputs and states of a backend that knows no packed sequences: it takes each by itself.
+
+    Args:
+        run: takes the tokens and the state of sequences of one length, gives outputs and the states after them.
+        tokens: tensors [batch, tokens, ...], or None.
+        states: [sequences, ...].
+        cu_seqlens: [sequences + 1], or None where the sequences are the rows of the batch.
+        like: [1, tokens, ...], what packed outputs look like.
+    """
+    if cu_seqlens is None:
+        return run(*tokens, states)
+    outputs, finals = [like[:, :0]], []
+    for start, end, state in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), states.split(1), strict=True):
+        if end > start:
+            output, state = run(*(x if x is None else x[:, start:end] for x in tokens), state)
+            outputs.append(output)
+        finals.append(state)
+    return torch.cat(outputs, 1), torch.cat(finals)
+
+
+def chunk_count(tokens: int, sequences: int, size: int) -> int:
+    """Return how many chunks of `size` tokens suffice for sequences of any lengths."""
+    return tokens // size + sequences
+
+
+def chunks_of(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
+    """Return the chunks of `size` tokens of packed sequences, on the device of cu_seqlens and without waiting for
+    it."""
+    lengths = cu_seqlens.diff()
+    firsts = torch.cat([lengths.new_zeros(1), ((lengths + size - 1) // size).cumsum(0)])
+    chunk = torch.arange(chunk_count(tokens, len(lengths), size), device=cu_seqlens.device)
+    sequence = torch.searchsorted(firsts, chunk, right=True) - 1
+    real = sequence < len(lengths)
+    sequence = sequence.clamp(max=len(lengths) - 1)
+    begins = torch.where(real, cu_seqlens[sequence] + (chunk - firsts[sequence]) * size, 0)
+    ends = torch.where(real, cu_seqlens[sequence + 1], 0)
+    return Chunks(begins.int(), ends.int(), sequence.int(), firsts.int())

@@ -1,0 +1,220 @@
+"""What a contributor to this floor writes: an objective, or a sampler; and the records that pass between them.
+
+An objective says what it needs of a model, what training minimises, what held-out sequences are worth under it, and how
+a model trained on it denoises; decoding does the rest. A new one is one class in one file and one config in
+configs/objective or configs/sampler: the tests in tests/contracts then find it and hold it to all that is said here.
+
+Shape letters: B sequences, T tokens, D model width, V token ids of the data, N positions picked out of a batch, P
+    prompts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from archs.contracts import State
+from archs.language_model import LanguageModel
+from archs.visibility import Visibility
+from objectives.decoding.draws import Draw
+from objectives.likelihood import Likelihood
+
+MASKED = -1  # stands in a prompt for a token to be filled in
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences to be learnt from or to be scored.
+
+    tokens_BT: int64.
+    weights_BT: float32, what the loss of each token counts: 1 in pre-training, the mask of answers in tuning. Tokens of
+        weight 0 are given: they are neither noised nor predicted.
+    starts_BT: bool, True where a packed document begins, or None where each sequence is one document.
+    extras: whatever else an objective asks its data for, by name; the first axis is B.
+    """
+
+    tokens_BT: Tensor
+    weights_BT: Tensor
+    starts_BT: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokens_BT: Tensor) -> Batch:
+        """Sequences of which every token counts the same."""
+        return cls(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.float32))
+
+    @cached_property
+    def counted_BT(self) -> Tensor:
+        """True at the tokens that are predicted and scored."""
+        return self.weights_BT != 0
+
+    def to(self, device: torch.device, **kwargs: Any) -> Batch:
+        """The same on another device, as `Tensor.to`."""
+        move = lambda x: None if x is None else x.to(device, **kwargs)  # noqa: E731
+        tensors = {name: move(getattr(self, name)) for name in ("tokens_BT", "weights_BT", "starts_BT")}
+        return replace(self, **tensors, extras={name: move(x) for name, x in self.extras.items()})
+
+
+class Model(Protocol):
+    """What objectives and samplers ask of a model: `LanguageModel`, or what stands in for one in a test."""
+
+    def hidden(self, tokens_BT: Tensor, visibility: Visibility, time: Tensor | None = None) -> Tensor: ...
+
+    def extend(
+        self, tokens_BT: Tensor, states: list[State], visibility: Visibility, time: Tensor | None = None
+    ) -> tuple[Tensor, list[State]]: ...
+
+    def empty_states(self, batch: int) -> list[State]: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Sequences wanted of a sampler.
+
+    prompts: P of int64 [any length], -1 (`MASKED`) where a token is to be filled in.
+    length: tokens of each sequence, its prompt included.
+    generator: all chance comes from here.
+    draw: how ids are drawn from what the model says.
+    copies: sequences per prompt. They stand side by side in what is returned.
+    stop: ids that end a sequence once they have been drawn.
+
+    Raises:
+        ValueError: for no prompt, fewer than one copy, or a prompt that leaves nothing to fill.
+    """
+
+    prompts: Sequence[Tensor]
+    length: int
+    generator: Generator
+    draw: Draw = Draw()
+    copies: int = 1
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.prompts or self.copies < 1:
+            raise ValueError(f"{len(self.prompts)} prompts of {self.copies} copies: ask for at least one of one")
+        for prompt_T in self.prompts:
+            known = int((prompt_T != MASKED).sum())
+            if len(prompt_T) > self.length or known == self.length:
+                raise ValueError(
+                    f"length={self.length} leaves nothing to fill behind or within a prompt of {len(prompt_T)} tokens: "
+                    "ask for more, or mark masked positions in it"
+                )
+
+    def canvas(self, filler: int) -> tuple[Tensor, Tensor]:
+        """The prompts brought to `length`, each so many times: tokens [B, length] with the filler where one is wanted,
+        and True there."""
+        tokens_PT = torch.full((len(self.prompts), self.length), MASKED, device=self.prompts[0].device)
+        for row_T, prompt_T in zip(tokens_PT, self.prompts, strict=True):
+            row_T[: len(prompt_T)] = prompt_T
+        tokens_BT = tokens_PT.repeat_interleave(self.copies, dim=0)
+        masked_BT = tokens_BT == MASKED
+        return tokens_BT.masked_fill(masked_BT, filler), masked_BT
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Sequences that a sampler has made.
+
+    tokens_BT: int64, prompts included.
+    lengths_B: tokens up to the first stop token that was drawn, it included; T where none was. What stands behind is
+        without meaning.
+    log_probs_BT: float64, log-probability of each token that was drawn under the distribution that it was drawn from,
+        in the pass in which it got its last value; 0 for the tokens of the prompt.
+    evaluations: passes of the network, and predictions: tokens that the head was run on; both per sequence, in the
+        mean.
+    """
+
+    tokens_BT: Tensor
+    lengths_B: Tensor
+    log_probs_BT: Tensor
+    evaluations: float
+    predictions: float
+
+
+class Sampler(ABC):
+    """A way to fill masked positions, or to continue, with what a denoiser says."""
+
+    @abstractmethod
+    def __call__(self, denoiser: Any, request: Request) -> Samples:
+        """Sequences for the request. Each kind of sampler says what its denoiser is to be able to do."""
+
+
+class Objective(ABC):
+    """What a model is trained on.
+
+    vocab_size: token ids of the data; model_vocab_size: those that the model needs (a mask token is one more).
+    visibility: what training asks of the mixers.
+    model_options: parts that it needs of the model, as options of `LanguageModel`.
+    samplers: the kinds of sampler that can decode it.
+    """
+
+    vocab_size: int
+    model_vocab_size: int
+    visibility: Visibility
+    model_options: Mapping[str, Any]
+    samplers: tuple[type[Sampler], ...]
+
+    def check(self, model: LanguageModel, sequence_length: int) -> None:
+        """
+        Raises:
+            ValueError: when this objective cannot be trained with this model or on sequences of this length.
+        """
+        kind, able = self.visibility.kind, model.visibilities
+        if kind not in able:
+            raise ValueError(
+                f"it needs {kind.value} visibility, and a mixer of the model can only do "
+                f"{sorted(k.value for k in able)}: choose another arch, or an objective with a visibility that it has"
+            )
+
+    @abstractmethod
+    def flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
+        """Forward FLOPs of training on one document of T tokens, a fraction `counted` of which are predicted."""
+
+    @abstractmethod
+    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
+        """Return what training minimises, a scalar with gradients: nats per token that counts, each times its weight,
+        and what the objective adds. All chance comes from the generator."""
+
+    @abstractmethod
+    def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
+        """Nats of the tokens of each sequence that count given those that do not, exact or as an upper bound."""
+
+    @abstractmethod
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """Logits [N, V] of the N tokens that count, each from what the objective lets a prediction see: what accuracy
+        is read from."""
+
+    @abstractmethod
+    def denoiser(self, model: Model) -> Any:
+        """A trained model as the samplers of this objective ask for it."""
+
+    @abstractmethod
+    def default_sampler(self, request: Request) -> Sampler:
+        """The sampler that is taken where none is named."""
+
+    @torch.no_grad()
+    def sample(self, model: Model, request: Request, sampler: Sampler | None = None) -> Samples:
+        """Sequences by a sampler; None for the default one.
+
+        Raises:
+            ValueError: for a kind of sampler that cannot decode this objective.
+        """
+        sampler = self.default_sampler(request) if sampler is None else sampler
+        if not isinstance(sampler, self.samplers):
+            able = ", ".join(kind.__name__ for kind in self.samplers)
+            raise ValueError(
+                f"{type(self).__name__} cannot be decoded by {type(sampler).__name__}: it takes one of {able}"
+            )
+        return sampler(self.denoiser(model), request)
+
+    @abstractmethod
+    def sampling_flops(self, model: LanguageModel, request: Request, samples: Samples) -> float:
+        """FLOPs per sequence of these samples."""

@@ -1,0 +1,43 @@
+"""The benchmark of models refuses to time two that differ, and times those that do not."""
+
+from pathlib import Path
+
+import pytest
+
+from archs import checkpoints
+from experiments.bench import models
+
+pytest.importorskip("transformers", reason="the models to run beside are in the test extra")
+TINY = {
+    "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_both_sides_take_training_steps_and_the_ratio_is_that_of_their_speeds(bench, capsys):
+    shape = "{" + ",".join(f"{key}: {value}" for key, value in TINY.items()) + "}"
+    path, found, text = bench("models=[tiny]", f"+shapes.tiny={shape}", "batch=2", "length=16", "rounds=2")
+    assert path == Path("results/bench/models_cpu.json")
+    assert [row["precision"] for row in found["rows"]] == ["float32", "bf16"]
+    for row in found["rows"]:
+        assert row["ours tokens/s"] > 0 and row["transformers tokens/s"] > 0
+        assert row["ratio"] == pytest.approx(row["ours tokens/s"] / row["transformers tokens/s"], abs=0.02)
+    assert found["batch"] == 2 and found["date"] in text and text in capsys.readouterr().out
+
+
+def test_a_model_without_a_shape_is_refused_by_name(bench):
+    with pytest.raises(SystemExit, match="error: no shape 'gpt5': choose from qwen3"):
+        bench("models=[gpt5]")
+
+
+def test_models_that_differ_are_not_timed(monkeypatch):
+    def other(folder):
+        model = read(folder)
+        model.norm.weight.data.mul_(1.1)
+        return model
+
+    read = checkpoints.read
+    monkeypatch.setattr(checkpoints, "read", other)
+    with pytest.raises(ValueError, match="qwen3: logits differ by"):
+        models.pair(TINY)

@@ -1,0 +1,197 @@
+"""The duties of every backbone of configs/arch as a whole model: decoding, causality, packing, cost, a first loss."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from archs.costs import costs
+from archs.language_model import LanguageModel
+from archs.parameters import Role
+from archs.visibility import BIDIRECTIONAL, CAUSAL, Kind, block_causal
+from experiments.anatomy import anatomy
+from tests.contracts.discovery import LENGTH, VOCABULARY, composed, names, shaken
+
+ARCHS = names("arch")
+every = pytest.mark.parametrize("name", ARCHS)
+both = pytest.mark.parametrize("visibility", [CAUSAL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+
+
+def plain(name: str, **options) -> LanguageModel:
+    torch.manual_seed(0)
+    return instantiate(composed(f"arch={name}").arch.model, vocab_size=VOCABULARY, **options)
+
+
+@cache
+def build(name: str) -> LanguageModel:
+    """In evaluation, with weights that all matter."""
+    model = shaken(plain(name))
+    with torch.no_grad():
+        model.head.weight.normal_()
+    return model.eval()
+
+
+def tokens(B: int, T: int = LENGTH) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+@every
+def test_the_name_of_a_config_is_that_of_its_file_and_its_width_the_one_asked_for(name):
+    arch = composed(f"arch={name}").arch
+    assert arch.name == name and plain(name).width == arch.width
+
+
+@every
+def test_a_prompt_and_then_token_by_token_equals_one_pass(name):
+    model, x = build(name), tokens(3)
+    states, got = model.empty_states(3), []
+    for piece in (x[:, :13], *x[:, 13:].split(1, dim=1)):
+        hidden, states = model.extend(piece, states)
+        got.append(model.logits(hidden))
+    torch.testing.assert_close(torch.cat(got, 1), model(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.thorough
+@every
+@pytest.mark.parametrize("t", [0, 11, LENGTH - 1])
+def test_a_changed_token_changes_no_earlier_logit(name, t):
+    model, x = build(name), tokens(1)
+    y = x.clone()
+    y[0, t] = (y[0, t] + 1) % VOCABULARY
+    change = (model(x) - model(y)).abs().amax(-1)[0]
+    # An expert's tokens are multiplied together, so another grouping may round differently.
+    assert (change[:t] < 1e-9).all() and change[t] > 1e-6
+    both = (model(x, BIDIRECTIONAL) - model(y, BIDIRECTIONAL)).abs().amax(-1)[0]
+    assert (both > 1e-9).all()
+
+
+@every
+@pytest.mark.parametrize("kind", Kind)
+def test_packed_documents_are_each_as_if_alone(name, kind):
+    model = build(name)
+    visibility = {Kind.CAUSAL: CAUSAL, Kind.BIDIRECTIONAL: BIDIRECTIONAL}.get(kind, block_causal(4))
+    if kind not in model.visibilities:
+        with pytest.raises(ValueError, match=f"needs {kind.value} visibility"):
+            instantiate(composed("objective=block_diffusion").objective.build, vocab_size=8, eot=0).check(model, 32)
+        return
+    clean, noised = tokens(2), tokens(2).flip(1)
+    x = torch.cat([noised, clean], 1) if visibility.copies == 2 else clean
+    starts = torch.zeros(2, LENGTH, dtype=torch.bool)
+    starts[0, [9, 10]], starts[1, 15] = True, True
+    packed = model(x, visibility.packed(starts))
+    for row, begins in enumerate(([0, 9, 10, LENGTH], [0, 15, LENGTH])):
+        for begin, end in zip(begins, begins[1:], strict=False):
+            place = torch.cat([torch.arange(begin, end) + copy * LENGTH for copy in range(visibility.copies)])
+            alone = model(x[row : row + 1, place], visibility)
+            torch.testing.assert_close(packed[row : row + 1, place], alone, rtol=1e-8, atol=1e-8)
+
+
+@every
+@both
+def test_gradients_reach_every_parameter(name, visibility):
+    model = shaken(plain(name))
+    loss = model(tokens(2), visibility).square().sum() + sum(model.auxiliary_losses().values())
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    model.after_step()
+    assert all(isinstance(x, float) for x in model.telemetry().values())
+
+
+@every
+def test_every_parameter_has_a_role_and_matrices_their_fan_in(name):
+    model = plain(name)
+    roles = model.roles()
+    assert [r.name for r in roles] == [n for n, _ in model.named_parameters()]
+    for r in roles:
+        inner = r.name.startswith("blocks.") and r.parameter.dim() > 1
+        inner = inner and not r.name.endswith(("conv_weight", "bias"))
+        assert (r.role is Role.MATRIX) == inner
+        assert r.fan_in == (r.parameter.shape[-1] if r.role in (Role.MATRIX, Role.HEAD) else 1)
+        if r.role is Role.MATRIX:  # as it starts; what is written to the residual stream starts smaller
+            assert 0.1 < r.parameter.std() * r.fan_in**0.5 < 1.2
+    embeddings = {r.name for r in roles if r.role is Role.EMBEDDING}
+    assert embeddings == {"embedding.weight"} | ({"positions.weight"} if model.positions is not None else set())
+
+
+@every
+def test_the_first_loss_is_near_that_of_a_guess(name):
+    model = plain(name)
+    loss = torch.nn.functional.cross_entropy(model(tokens(4)).flatten(0, 1), tokens(4).flatten())
+    # A head of its own begins at zero; one that is the embedding does not.
+    assert loss.item() == pytest.approx(math.log(VOCABULARY), abs=1.0 if model.tied else 1e-6)
+
+
+@pytest.mark.thorough
+@every
+@pytest.mark.parametrize("T", [1, 5])
+def test_counted_flops_are_those_that_pytorch_counts_where_every_pair_is_seen(name, T):
+    with torch.device("meta"):
+        model, x = plain(name), torch.zeros(1, T, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(x, BIDIRECTIONAL)
+    assert model.flops(T, BIDIRECTIONAL) == counter.get_total_flops()
+
+
+COUNTED = {
+    "mm",
+    "bmm",
+    "addmm",
+    "convolution",
+    "gated_delta_rule_chunked",
+    "_scaled_dot_product_fused_attention_overrideable",
+}
+FREE = {  # data movement, and elementwise or reducing work of order one FLOP per element
+    "_embedding_bag", "_fused_rms_norm", "_log_softmax", "_safe_softmax", "_softmax", "_to_copy", "_unsafe_view", "abs",
+    "add", "add_", "addcmul", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clamp_", "clone",
+    "constant_pad_nd", "cos", "cumsum", "detach", "div", "embedding", "empty_like", "eq", "exp", "exp_", "expand",
+    "flip", "floor_divide", "gather", "ge", "gelu", "gt", "index_put_", "index_select", "isneginf", "le", "log1p", "lt",
+    "masked_fill", "mean", "mul", "native_layer_norm", "neg", "new_zeros", "ones", "ones_like", "permute", "pow",
+    "promote_types", "relu", "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_",
+    "select", "sigmoid", "silu", "sin", "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sum",
+    "t", "topk", "transpose", "tril", "unbind", "unfold", "unsqueeze", "view", "where", "xlogy", "zeros", "zeros_like",
+}  # fmt: skip
+
+
+@pytest.mark.thorough
+@every
+@both
+def test_no_operation_escapes_the_count(name, visibility):
+    seen = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model, x = plain(name, max_length=70), torch.zeros(1, 70, dtype=torch.long)
+    with Watch():
+        model(x, visibility)
+    assert seen - COUNTED - FREE == set()
+
+
+@pytest.mark.thorough
+@every
+def test_costs_are_those_of_the_real_tensors_and_do_not_shrink_with_length(name):
+    real = plain(name)
+    with torch.device("meta"):
+        meta = plain(name)
+    counted = costs(meta, LENGTH, meta.flops(LENGTH, CAUSAL))
+    _, states = real.extend(tokens(1), real.empty_states(1))
+    assert counted.state_bytes == sum(state.nbytes for state in states) > 0
+    assert counted.params_total == sum(p.numel() for p in real.parameters())
+    assert counted.params_active <= counted.params_total
+    short, long = (anatomy(composed_for_anatomy(name, T), T) for T in (64, 256))
+    assert long["state_bytes@256"] >= short["state_bytes@64"]
+    assert long["flops_per_token@256"] >= 0.9 * short["flops_per_token@64"]
+
+
+def composed_for_anatomy(name: str, T: int) -> DictConfig:
+    config = composed(f"arch={name}").copy()
+    config.data.sequence_length = T
+    arch = OmegaConf.to_container(config.arch, resolve=True)
+    return OmegaConf.create({"arch": arch, "vocab_size": 257, "visibility": "causal"})

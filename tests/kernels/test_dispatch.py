@@ -1,0 +1,104 @@
+"""Backends are chosen by name or said once, tried before they are trusted, and refused where they cannot run."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.common import dispatch, trial
+from kernels.common.dispatch import choose_backend
+from tests.kernels.cases import CASES, SSD
+
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.name)
+X = torch.zeros(1)
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """A process that has tried nothing and said nothing yet, and tries on problems as small as can be."""
+    monkeypatch.setattr(dispatch, "said", set())
+    monkeypatch.setattr(trial, "TOKENS", 5)
+    trial._tried.cache_clear()
+    yield
+    trial._tried.cache_clear()
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, "kernels")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_what_auto_takes_is_said_once(untried, said):
+    assert [choose_backend(SSD.operation, "auto", ["a", "b"], "b", X) for _ in range(3)] == ["b"] * 3
+    assert said() == ["ssd runs on backend 'b': the fastest one measured on cpu"]
+
+
+def test_a_backend_is_taken_by_name_and_an_unknown_one_refused():
+    assert choose_backend(SSD.operation, "a", ["a", "b"], "b", X) == "a"
+    with pytest.raises(ValueError, match="unknown backend 'c' for ssd: choose from auto, a, b"):
+        choose_backend(SSD.operation, "c", ["a", "b"], "b", X)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="cannot run on cpu tensors here.*choose from auto, torch"):
+        choose_backend(SSD.operation, "triton", ["torch", "triton"], "torch", X)
+
+
+@pytest.mark.thorough
+@every
+def test_triton_kernels_that_are_right_pass_their_trial(case, triton_device, untried, monkeypatch):
+    monkeypatch.setattr(trial, "TOKENS", case.chunk + 1)
+    before = torch.get_rng_state()
+    assert trial.triton_is_right(case.operation, torch.float32, triton_device, tuple(case.sizes.items()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def fail(_):
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("spoil", "words"), [(lambda o: 1.01 * o, "are wrong on"), (fail, "no such instruction")])
+def test_triton_kernels_that_are_wrong_or_fail_do_not_and_auto_leaves_them(
+    spoil, words, triton_device, untried, said, monkeypatch
+):
+    def ssd(backend, **inputs):
+        y, states = SSD.operation.run(**inputs, backend=backend)
+        return (spoil(y) if backend == "triton" else y), states
+
+    monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
+    spoilt, x = replace(SSD.operation, run=ssd), torch.zeros(1, device=triton_device)
+    assert choose_backend(spoilt, "auto", ["torch", "triton"], "torch", x, **SSD.sizes) == "torch"
+    warned, taken = said()
+    assert words in warned and taken == "ssd runs on backend 'torch': Triton's kernels were not right here"
+
+
+@pytest.mark.thorough
+def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(triton_device, untried, said, monkeypatch):
+    monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
+    inputs = SSD.operation.leaves(SSD.problem(5), triton_device, torch.float32, gradients=False)
+    ssd = SSD.operation.run
+    with torch.inference_mode():
+        taken = [ssd(**inputs)[0] for _ in range(2)]
+    assert torch.equal(taken[0], ssd(**inputs, backend="triton")[0])
+    right = f"its kernels were right on {triton_device} when tried against the recurrence"
+    assert said() == [f"ssd runs on backend 'triton': {right}"]
+
+
+@pytest.mark.thorough
+@every
+def test_torch_compile_goes_through_choice_trial_and_kernels_without_a_break(case, triton_device, untried, monkeypatch):
+    monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
+    inputs = case.operation.leaves(case.problem(9), triton_device, torch.float32, gradients=True)
+
+    def loss(inputs):
+        return case.operation.run(**inputs)[0].square().sum()
+
+    torch.compiler.reset()  # it would take the sizes that changed since the last operation for variables
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(inputs), inputs.values()) for f in (compiled, loss)]
+    for got, plain in zip(*results, strict=True):
+        torch.testing.assert_close(got, plain)

@@ -1,0 +1,115 @@
+"""Every study of configs/study in its tiny form; what all share: plan, rows, verdict and index."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from experiments import study as command
+from experiments.findings import Estimate, StudyOutcome, Verdict, write_json
+from experiments.harness import run as run_module
+from experiments.studies.index import listing, write_index
+from experiments.studies.study import Study, carry_out
+
+NAMES = command.names()
+
+
+def run_tiny(name, tmp_path, *overrides):
+    return command.run_study(name, [f"session.root={tmp_path / 'runs'}", *overrides], True, tmp_path / "out")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_its_tiny_form_runs_ends_in_a_verdict_and_is_not_run_again(name, tmp_path, monkeypatch):
+    verdict = run_tiny(name, tmp_path)
+    assert verdict.outcome in StudyOutcome.__args__ and verdict.sentence and verdict.rule
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    plan = json.loads((tmp_path / "runs" / "plan.json").read_text())
+    assert set(table.status.dropna()) == {"done"} and len(table) >= len(plan["cells"])
+    assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
+    kept = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert kept["verdict"]["rule"] == plan["rule"] == verdict.rule and kept["planned"] == plan["written"]
+
+    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained again"))
+    again = run_tiny(name, tmp_path)
+    assert again == verdict
+    assert pd.read_csv(tmp_path / "out" / "table.csv").equals(table)
+
+
+class Coin(Study):
+    """Nothing is trained."""
+
+    def cells(self, compose):
+        return []
+
+    def figure(self, table):
+        return Figure()
+
+    def verdict(self, table):
+        return Verdict("holds", f"{len(table)} sides.", None, self.rule)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_rule_can_be_changed_before_the_runs_and_not_after(tmp_path, begun):
+    settings, root = OmegaConf.create({}), tmp_path / "runs"
+    first = Coin("A coin is fair.", "nobody", "as it falls")
+    carry_out(first, first.cells(None), settings, root, tmp_path / "out", 1)
+    if begun:
+        (root / "ledger.jsonl").write_text("")
+    other = Coin("A coin is fair.", "nobody", "as I like it")
+    if begun:
+        with pytest.raises(ValueError, match="rule differ now: a rule is not changed after the runs"):
+            carry_out(other, other.cells(None), settings, root, tmp_path / "out", 1)
+    else:
+        carry_out(other, other.cells(None), settings, root, tmp_path / "out", 1)
+
+
+@pytest.mark.thorough
+def test_a_failed_run_is_a_row_and_is_not_measured(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module, "_train", broken)
+    verdict = run_tiny("repeated_data", tmp_path)
+    assert verdict.outcome == "cannot tell"
+    assert set(pd.read_csv(tmp_path / "out" / "table.csv").error) == {"RuntimeError: out of memory"}
+
+
+@pytest.mark.parametrize(("high", "shown"), [(1.8, "1.5 [1.2, 1.8]"), (math.inf, "1.5 [1.2, ∞]")])
+def test_the_index_has_one_line_per_study_whether_run_or_not(tmp_path, high, shown):
+    (tmp_path / "recall").mkdir()
+    result = {
+        "claim": "c", "source": "s", "planned": "", "runs": 3, "run_seconds": 120, "devices": ["cpu"],
+        "verdict": Verdict("holds", "It does.", Estimate(1.5, 1.2, high), "r"),
+    }  # fmt: skip
+    write_json(tmp_path / "recall" / "verdict.json", result)
+    write_index(tmp_path, NAMES)
+    page = (tmp_path / "README.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| study")]
+    assert len(lines) == len(NAMES)
+    assert any(f"**holds** | {shown} | It does." in line for line in lines)
+    assert sum("not run yet" in line for line in lines) == len(NAMES) - 1
+    assert len(listing(tmp_path, NAMES).splitlines()) == len(NAMES)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["name=x"], "no study 'x': choose from recall"),
+        (["name=recall", "tiny=true", "study.stepps=3"], "stepps"),
+        (["name=recall", "tiny=true", "study.curves.mamba2.pattern=[convolution]"], "has a mixer 'convolution'"),
+    ],
+)
+def test_the_command_answers_mistakes_in_a_sentence(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        command.main(arguments)
+
+
+def test_without_a_name_the_command_lists_all_studies(capsys):
+    command.main([])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == NAMES
