@@ -1,4 +1,7 @@
-"""One residual block: a sequence mixer, then (mostly) a channel mixer, each with its norms."""
+"""One residual block: a sequence mixer, then (mostly) a channel mixer, each with its norms.
+
+Shape letters: B sequences, T tokens, D model width.
+"""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """LanguageModel: embedding -> blocks -> norm -> head. Every backbone is this class with another list of mixers.
 
-Shape letters: B sequences, T tokens, D model width, V token ids.
+Shape letters: B sequences, T tokens, L tokens of one copy of a sequence, D model width, V token ids.
 """
 
 import math

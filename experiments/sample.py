@@ -1,4 +1,7 @@
-"""Print text from a finished run, whatever its objective: python -m experiments.sample run=runs/cells/<id>"""
+"""Print text from a finished run, whatever its objective: python -m experiments.sample run=runs/cells/<id>
+
+Shape letters: B sequences, T tokens.
+"""
 
 import sys
 import time

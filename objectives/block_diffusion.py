@@ -1,7 +1,7 @@
 """Block diffusion: autoregressive over blocks of tokens, masked diffusion within each.
 
-Shape letters: B sequences, T tokens, V token ids of the data, N positions picked out of a batch or blocks, S tokens of
-a block.
+Shape letters: B sequences, T tokens, D model width, V token ids of the data, N positions picked out of a batch, M
+blocks of S tokens.
 """
 
 from dataclasses import dataclass
@@ -71,11 +71,11 @@ class BlockDiffusion(Objective):
         B, T = batch.tokens_BT.shape
         place_BT = self.visibility.packed(batch.starts_BT).positions(2 * T)[..., :T].expand(B, T) % self.block_size
         block_BT = (place_BT == 0).flatten().cumsum(0).view(B, T) - 1
-        noisable_NS = torch.zeros(int(block_BT[-1, -1]) + 1, self.block_size, dtype=torch.bool)
-        noisable_NS[block_BT, place_BT] = batch.counted_BT.cpu()
-        masked_NS, weight_N, p_N = mask_some(noisable_NS, generator)
+        noisable_MS = torch.zeros(int(block_BT[-1, -1]) + 1, self.block_size, dtype=torch.bool)
+        noisable_MS[block_BT, place_BT] = batch.counted_BT.cpu()
+        masked_MS, weight_M, p_M = mask_some(noisable_MS, generator)
         device = batch.tokens_BT.device
-        return masked_NS[block_BT, place_BT].to(device), weight_N[block_BT].to(device), p_N[block_BT].to(device)
+        return masked_MS[block_BT, place_BT].to(device), weight_M[block_BT].to(device), p_M[block_BT].to(device)
 
     def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_BT: Tensor | None) -> Tensor:
         """Logits [N, V] at masked positions, from the unmasked tokens of their block and the clean blocks before."""

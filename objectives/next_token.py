@@ -1,6 +1,7 @@
 """Next-token prediction: the exact likelihood by the chain rule.
 
-Shape letters: B sequences, T tokens, D model width, V token ids, N tokens that count.
+Shape letters: B sequences, T tokens, L tokens of one copy of a sequence, D model width, V token ids, N tokens that
+count.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Uniform-state diffusion: noise replaces tokens by random ones, so that a sampler can revise what it wrote.
 
-Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch. As in the papers, K is the number
-    of ids.
+Shape letters: B sequences, T tokens, D model width, V token ids, N positions picked out of a batch. As in the papers,
+K is the number of ids.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Dense channel mixers, and the hidden layer that experts share with them."""
+"""Dense channel mixers, and the hidden layer that experts share with them.
+
+Shape letters: B sequences, T tokens, D model width.
+"""
 
 from functools import partial
 

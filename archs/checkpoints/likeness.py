@@ -1,4 +1,7 @@
-"""The check that a model is what a config.json describes."""
+"""The check that a model is what a config.json describes.
+
+Shape letters, in the names of attributes: E experts.
+"""
 
 from collections.abc import Set
 from typing import Any

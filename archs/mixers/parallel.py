@@ -1,4 +1,7 @@
-"""Mixers side by side in one block."""
+"""Mixers side by side in one block.
+
+Shape letters: B sequences, T tokens, D model width.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import cast

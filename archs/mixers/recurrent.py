@@ -1,6 +1,7 @@
 """The body that recurrent mixers share: one or both directions, the short convolution, decays, states and their cost.
 
-Shape letters: B sequences, T tokens, D model width, W taps of the convolution, C its channels, H heads, N documents.
+Shape letters: B sequences, T tokens, L tokens of one copy of a sequence, D model width, W taps of the convolution, C
+its channels, H heads, N documents.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""A gated short convolution as a mixer of its own: the cheapest one, which sees a few tokens back."""
+"""A gated short convolution as a mixer of its own: the cheapest one, which sees a few tokens back.
+
+Shape letters: B sequences, T tokens, D model width.
+"""
 
 import torch
 from torch import Tensor, nn

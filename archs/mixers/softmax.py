@@ -1,7 +1,7 @@
 """Softmax attention over what is visible: what every attention mixer stands on.
 
-Shape letters: B sequences, T queries, S keys, H query heads, G key-value heads, D key dimensions, E value dimensions, N
-blocks of W tokens.
+Shape letters: B sequences, T queries, S keys, L tokens of one copy of a sequence, H query heads, G key-value heads, D
+key dimensions, E value dimensions, N blocks of W tokens.
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 Both sides have the same shape and the same weights: ours is converted from theirs, and nothing is timed before the
 two give the same logits. A step is forward, cross-entropy, backward and AdamW.
+
+Shape letters: B sequences, T tokens, V token ids.
 """
 
 import statistics

@@ -1,4 +1,7 @@
-"""Multi-query associative recall: pairs of a key and a value, then the keys again, each to be answered by its value."""
+"""Multi-query associative recall: pairs of a key and a value, then the keys again, each to be answered by its value.
+
+Shape letters: N sequences, T tokens, K keys, V values, P pairs, S slots of two tokens.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -64,7 +67,7 @@ def associative_recall(
         pairs: numbers of pairs; each has the same number of sequences.
         sequence_length: T, even. A window of this length is one sequence.
         train_sequences, heldout_sequences: of each number of pairs.
-        power: > 0, of the law by which slots are drawn; 0.01 as published.
+        power: > 0, of the distribution that slots are drawn from; 0.01 as published.
         seed: of the draws; the held-out ones do not depend on train_sequences.
 
     Raises:

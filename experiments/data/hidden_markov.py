@@ -3,6 +3,8 @@
 Formulas: L. R. Rabiner, "A tutorial on hidden Markov models", Proc. IEEE 77 (1989), section III (scaled
 forward-backward); Cover & Thomas, Elements of Information Theory, section 4.5 (bounds on the entropy rate).
 Tokens are int64 on the CPU, all numbers float64.
+
+Shape letters: B sequences, T tokens, V symbols, S states, N possible sequences, R rows of K probabilities.
 """
 
 import hashlib
@@ -18,15 +20,15 @@ AT_ONCE = 4096  # sequences sampled together: few enough for the processor's cac
 
 
 class HiddenMarkovLanguage:
-    """A stationary process: s_1 ~ its stationary law, x_t ~ emission[s_t], s_{t+1} ~ transition[s_t].
+    """A stationary process: s_1 ~ its stationary distribution, x_t ~ emission[s_t], s_{t+1} ~ transition[s_t].
 
-    The rows of both matrices are drawn from a symmetric Dirichlet law, then raised to at least 1e-6 and
-    normalised again, so that the stationary law is unique and no sequence is impossible.
+    The rows of both matrices are drawn from a symmetric Dirichlet distribution, raised to at least 1e-6 and
+    normalised again, so that the stationary distribution is unique and no sequence is impossible.
 
     Args:
         states: S >= 1.
         symbols: V >= 2.
-        concentration: > 0, of the Dirichlet law; small values give rows with few likely entries.
+        concentration: > 0, of the Dirichlet distribution; small values give rows with few likely entries.
         seed: of the matrices.
     """
 
@@ -52,15 +54,15 @@ class HiddenMarkovLanguage:
         self.initial_S = torch.linalg.lstsq(equations, right, driver="gelsd").solution[:, 0]
 
     def sample(self, batch: int, length: int, generator: Generator) -> Tensor:
-        """tokens_BT: independent sequences, each from the stationary law.
+        """tokens_BT: independent sequences, each from the stationary distribution.
 
         Raises:
             ValueError: batch or length below 1.
         """
         if batch < 1 or length < 1:
             raise ValueError(f"cannot sample batch={batch} sequences of length={length}: both must be at least 1")
-        laws = self.initial_S[None], self.transition_SS, self.emission_SV
-        initial_1K, transition_SK, emission_SK = map(bounds, laws)
+        distributions = self.initial_S[None], self.transition_SS, self.emission_SV
+        initial_1K, transition_SK, emission_SK = map(bounds, distributions)
         tokens_TB = torch.empty(length, batch, dtype=torch.int64)
         state_B = torch.zeros(batch, dtype=torch.int64)
         for t in range(length):
@@ -202,7 +204,7 @@ def bounds(p_RK: Tensor) -> Tensor:
 
 
 def draw(bounds_RK: Tensor, row_B: Tensor, generator: Generator) -> Tensor:
-    """One index from the law in each of these rows, by inversion of its distribution function, [B] int64."""
+    """One index from the distribution in each of these rows, by inversion of its distribution function, [B] int64."""
     uniform_B1 = torch.rand(len(row_B), 1, dtype=torch.float64, generator=generator)
     return (bounds_RK[row_B] <= uniform_B1).sum(1)
 

@@ -1,4 +1,7 @@
-"""Batches for Lightning: every one a function of the seed and the step alone, so a resumed run reads on exactly."""
+"""Batches for Lightning: every one a function of the seed and the step alone, so a resumed run reads on exactly.
+
+Shape letters: B sequences, T tokens, N windows.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace

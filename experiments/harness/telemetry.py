@@ -1,4 +1,7 @@
-"""What a run says while it trains: loss, gradient norm, speed and utilisation, over steps, tokens and FLOPs."""
+"""What a run says while it trains: loss, gradient norm, speed and utilisation, over steps, tokens and FLOPs.
+
+Shape letters: B sequences, T tokens.
+"""
 
 import math
 import time

@@ -1,4 +1,7 @@
-"""The LightningModule: one backbone under one objective."""
+"""The LightningModule: one backbone under one objective.
+
+Shape letters: B sequences, T tokens.
+"""
 
 import math
 

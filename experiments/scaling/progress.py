@@ -1,4 +1,7 @@
-"""The progress of a sweep: watched from the sweep's folder, because the launcher may run anywhere."""
+"""The progress of a sweep: watched from the sweep's folder, because the launcher may run anywhere.
+
+Shape letters: B sequences, T tokens.
+"""
 
 import threading
 import time

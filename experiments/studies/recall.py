@@ -1,4 +1,7 @@
-"""Recall against the bytes of decode state: multi-query associative recall (Arora et al., arXiv 2312.04927)."""
+"""Recall against the bytes of decode state: multi-query associative recall (Arora et al., arXiv 2312.04927).
+
+Shape letters: B sequences, T tokens, V token ids, N answers.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,11 +132,9 @@ def accuracy(model: LanguageModel, objective: Objective, data: TokenData, sequen
     """Fraction of held-out answers whose likeliest token is right, by the number of answers in a sequence."""
     if data.heldout_answers is None:
         raise ValueError(f"{data.name} marks no answers: choose data that does, such as data=associative_recall")
-    tokens_NT, answers_NT = (
-        heldout_windows(stream, sequence_length)[0] for stream in (data.heldout, data.heldout_answers)
-    )
+    tokens, answers = (heldout_windows(stream, sequence_length)[0] for stream in (data.heldout, data.heldout_answers))
     rows = []
-    for tokens_BT, answers_BT in zip(tokens_NT.split(AT_ONCE), answers_NT.bool().split(AT_ONCE), strict=True):
+    for tokens_BT, answers_BT in zip(tokens.split(AT_ONCE), answers.bool().split(AT_ONCE), strict=True):
         logits_NV = objective.logits(model, Batch(tokens_BT, answers_BT.float()))
         right_BT = torch.zeros_like(answers_BT).masked_scatter(
             answers_BT, logits_NV.argmax(-1) == tokens_BT[answers_BT]

@@ -4,6 +4,8 @@ known.
 Quality is the exact negative log-likelihood of samples, diversity the entropy of their pairs of neighbours, and the
 distance of these pairs from the true ones is both. Each sampler is also run on the language itself in place of a
 trained model, which leaves only the sampler's own error.
+
+Shape letters: B sequences, T tokens, V symbols.
 """
 
 import time

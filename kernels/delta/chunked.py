@@ -167,9 +167,9 @@ def chunked_backward(
     from_start.addcmul_(beta_MC, through_w)
     # d(inverse) = -inverse dA inverse
     dA = (dwrites @ uw.mT).neg_()
-    through_A = dA * kk
-    dbeta = (v_MCV * dv_beta).sum(-1).add_(through_w).add_(through_A.sum(-1))
-    pairs.addcmul_(through_A, beta_MC[..., None])
+    through_kk = dA * kk
+    dbeta = (v_MCV * dv_beta).sum(-1).add_(through_w).add_(through_kk.sum(-1))
+    pairs.addcmul_(through_kk, beta_MC[..., None])
     dkk = dA.mul_(decays).mul_(beta_MC[..., None]).tril_(-1)
     dk.addcmul_(dk_beta, beta_MC[..., None] * growth).baddbmm_(dkk + dkk.mT, k_MCK)
     dv = dv_beta * beta_MC[..., None]

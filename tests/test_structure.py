@@ -1,4 +1,5 @@
-"""Imports go down the floors, never in a circle, and docs/structure.md draws them as they are."""
+"""The habits of the code that a machine can see: imports go down, never in a circle, as docs/structure.md draws them;
+files are short, and shape letters have a legend."""
 
 import ast
 import re
@@ -74,3 +75,14 @@ def test_the_picture_shows_every_module_in_a_room_and_what_the_rooms_import():
         (rooms[a], rooms[b]) for a, b in imports if a.split(".")[0] == b.split(".")[0] and not {a, b} & set(FLOORS)
     }
     assert arrows == {(a, b) for a, b in inside | floors if a != b}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_shape_letters_in_names_are_in_the_legend_of_the_file(name):
+    tree = ast.parse(MODULES[name].read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    suffixes = {suffix for word in names for suffix in re.findall(r"^[a-z]\w*_([A-Z]+)\d*$", word)}
+    legend = re.search(r"Shape letters(.*?)(\n\n|$)", ast.get_docstring(tree) or "", re.DOTALL)
+    known = re.findall(r"\b[A-Z]\b", legend[1]) if legend else []
+    assert {letter for suffix in suffixes for letter in suffix} <= set(known)
