@@ -8,6 +8,7 @@ read after the import.
 
 import sys
 from types import ModuleType
+from typing import Any, cast
 
 
 def import_transformers() -> ModuleType:
@@ -22,7 +23,7 @@ def import_transformers() -> ModuleType:
     from transformers.utils.import_utils import is_kernels_available
 
     ours = sys.modules["kernels"]
-    sys.modules["kernels"] = None  # what Python takes for a module that is absent
+    cast(dict[str, Any], sys.modules)["kernels"] = None  # what Python takes for a module that is absent
     try:
         is_kernels_available.cache_clear()
         is_kernels_available()  # the answer is kept

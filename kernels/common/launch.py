@@ -35,7 +35,7 @@ class BlockSizes(NamedTuple):
 ANY_SIZE = math.inf
 
 # Operation, least compute capability that a row is for, largest head size that it is for.
-BLOCK_SIZES = {
+BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
     "causal_conv1d": {
         # Larger ones do not fit into registers.
         (8, 0): {

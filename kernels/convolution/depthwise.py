@@ -41,8 +41,8 @@ class _Depthwise(torch.autograd.Function):
         return _depthwise(x_BTC, weight)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x_BTC, weight = ctx.saved_tensors
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,), (x_BTC, weight) = gradients, ctx.saved_tensors
         taps, T = weight.shape[1], gradient.shape[1]
         to_x = _depthwise(F.pad(gradient, (0, 0, taps - 1, taps - 1)), weight.flip(1))
         to_weight = torch.stack([(x_BTC[:, w : w + T] * gradient).sum((0, 1)) for w in range(taps)], dim=1)

@@ -77,7 +77,8 @@ def gated_delta_rule(
         )
     if HV % H:
         raise ValueError(f"{HV} value heads are not a multiple of {H} key heads")
-    if (A_log is None) != (dt_bias is None) or (A_log is not None and not A_log.shape == dt_bias.shape == (HV,)):
+    of_gate = [x for x in (A_log, dt_bias) if x is not None]
+    if len(of_gate) == 1 or any(x.shape != (HV,) for x in of_gate):
         raise ValueError(f"A_log and dt_bias go together, each [{HV}]")
     check_packed(B, T, cu_seqlens)
     state_shape = (sequence_count(B, cu_seqlens), HV, K, V)
@@ -87,7 +88,7 @@ def gated_delta_rule(
         OPERATION, backend, [*BACKENDS, "triton"], fastest, v, key_heads=1, heads=2, head_dim=K, value_dim=V
     )
 
-    if A_log is not None:
+    if A_log is not None and dt_bias is not None:
         dtype = at_least_float32(g)
         g = -A_log.to(dtype).exp() * F.softplus(g.to(dtype) + dt_bias.to(dtype))
     if use_qk_l2norm:

@@ -86,7 +86,9 @@ def _inputs(q, k, v, g, beta, dtype: torch.dtype):
     return *(_chunked(x, C, dtype) for x in (q, k, v, beta)), _chunked(g, C, torch.float64).cumsum(-1)
 
 
-def chunked_forward(q, k, v, g, beta, initial_state, scale: float) -> tuple[Tensor, ...]:
+def chunked_forward(
+    q, k, v, g, beta, initial_state, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return o, the final state, and what the backward pass needs: decays, decays * k k^T, inverse, scores, u beside
     w, v' and the state before each chunk. Shapes as in `gated_delta_rule`; computes in the dtype of the initial
     state."""
@@ -133,7 +135,7 @@ def _state_gradients(q_in, k_out, w, carry, do, dnew, dfinal) -> Tensor:
 
 def chunked_backward(
     q, k, v, g, beta, decays, kk, inverse, scores, uw, new, states, do, dfinal, scale: float
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g, beta and the initial state, in the dtype of the states."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     dtype = states.dtype
@@ -230,8 +232,8 @@ forward.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.archipelago.gated_delta_rule_chunked)
 def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    B, T, _, K = q_shape
-    return B * gated_delta_rule_flops(T, *v_shape[2:3], K, v_shape[3])
+    (B, T, _, K), (HV, V) = q_shape, v_shape[2:]
+    return B * gated_delta_rule_flops(T, HV, K, V)
 
 
 def gated_delta_rule_chunked(

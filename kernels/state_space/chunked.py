@@ -85,8 +85,8 @@ class _DecayBetween(torch.autograd.Function):
         return decays
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        change = gradient * ctx.saved_tensors[0]
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        change = gradients[0] * ctx.saved_tensors[0]
         return change.sum(-1, dtype=torch.float64) - change.sum(-2, dtype=torch.float64), None
 
 

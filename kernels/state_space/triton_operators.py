@@ -109,7 +109,8 @@ forward.register_autograd(_differentiate, setup_context=_save)
 @register_flop_formula(torch.ops.archipelago.ssd)
 def _(x_shape, dt_shape, g_shape, B_shape, *args, out_shape=None, **kwargs) -> int:
     """Count as if all tokens were one sequence; sequences of other lengths have other last chunks."""
-    return ssd_flops(*x_shape[:2], B_shape[1], x_shape[2], B_shape[2])
+    T, H, P = x_shape
+    return ssd_flops(T, H, B_shape[1], P, B_shape[2])
 
 
 @torch.library.custom_op("archipelago::ssd_steps", mutates_args=())
