@@ -1,4 +1,4 @@
-"""What a contributor to this floor writes: a mixer or a channel, and the state that a mixer keeps.
+"""The contracts of this floor: a mixer or a channel, which a contributor writes, and the state that a mixer keeps.
 
 A model is a list of blocks, x + mixer(norm(x)) and then x + channel(norm(x)), which a config puts together. A new mixer
 or channel is one class in one file and one name in a config: the tests in tests/contracts then find it and hold it to
@@ -19,7 +19,7 @@ from archs.visibility import Kind, Visibility
 
 
 class State(ABC):
-    """What one mixer keeps of the tokens that it has seen, for as many sequences as there are.
+    """The memory that one mixer keeps of the tokens that it has seen, for as many sequences as there are.
 
     To go on from a state makes a new one. The one before may be gone back to, which gives up all that came after it:
     the two may share memory.
@@ -44,7 +44,7 @@ OwnState = TypeVar("OwnState", bound=State)
 
 
 class Part(nn.Module, ABC):
-    """What mixers and channels have in common. Parts may contain parts; the model asks each of them."""
+    """The duties that mixers and channels share. Parts may contain parts; the model asks each of them."""
 
     @abstractmethod
     def residual_projections(self) -> Sequence[nn.Module]:

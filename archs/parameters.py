@@ -1,4 +1,4 @@
-"""What each parameter of a model is for: what initialisation, optimisers and adapters go by."""
+"""The roles of a model's parameters, which initialisation, optimisers and adapters go by."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which tokens a token may look at.
+"""The visibility of tokens: the ones that each may look at.
 
 Shape letters: B sequences, T tokens of queries, S tokens of keys, L tokens of one copy of a sequence, N documents.
 """

@@ -1,4 +1,4 @@
-"""What a contributor to this floor writes: an objective, or a sampler; and the records that pass between them.
+"""The contracts of this floor: an objective or a sampler, which a contributor writes, and the records between them.
 
 An objective says what it needs of a model, what training minimises, what held-out sequences are worth under it, and how
 a model trained on it denoises; decoding does the rest. A new one is one class in one file and one config in

@@ -1,6 +1,6 @@
 """Absorbing-state (masked) diffusion over tokens: MDLM, MD4, LLaDA, and SEDD's absorbing form.
 
-Shape letters: B sequences, T tokens, D model width, V token ids of the data, N positions picked out of a batch.
+Shape letters: B sequences, T tokens, V token ids of the data, N positions picked out of a batch.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from objectives.contracts import Batch, Model, Objective, Request, Samples
 from objectives.decoding.unmasking import Ancestral, Unmasking
 from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats, nats_at
 from objectives.noise import Polynomial, Schedule, check, draw_times, mask_some, uniform
+from objectives.whole_sequence import logits_at, sampling_flops
 
 
 class MaskedDiffusion(Objective):
@@ -72,9 +73,8 @@ class MaskedDiffusion(Objective):
     def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor) -> Tensor:
         """Logits [N, V] at masked positions from all other tokens; p_B: the fraction of tokens noised."""
         noised_BT = batch.tokens_BT.masked_fill(masked_BT, self.mask)
-        time = {"time": p_B.to(noised_BT.device)[:, None]} if self.timed else {}
-        hidden_BTD = model.hidden(noised_BT, BIDIRECTIONAL.packed(batch.starts_BT), **time)
-        return model.logits(hidden_BTD[masked_BT])[:, : self.vocab_size]
+        visibility = BIDIRECTIONAL.packed(batch.starts_BT)
+        return logits_at(model, noised_BT, masked_BT, visibility, p_B if self.timed else None)[:, : self.vocab_size]
 
     def masked_nats(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor | None = None) -> Tensor:
         """-log p(x_i | unmasked tokens) at masked positions, 0 elsewhere, [B, T]. p_B: the fraction of tokens noised,
@@ -117,9 +117,7 @@ class MaskedDiffusion(Objective):
         return Ancestral(-(-int(masked_BT.sum(1).max()) // 4))
 
     def sampling_flops(self, model: LanguageModel, request: Request, samples: Samples) -> float:
-        """As in `Objective`: passes over the whole of each sequence, and the head where it was read."""
-        T = samples.tokens_BT.shape[1]
-        return samples.evaluations * model.flops(T, BIDIRECTIONAL, 0.0) + samples.predictions * model.head_flops
+        return sampling_flops(model, samples)
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,5 @@ class WholeSequence:
     timed: bool
 
     def __call__(self, tokens_BT: Tensor, where_BT: Tensor, noised_B: Tensor) -> Tensor:
-        time = {"time": noised_B[:, None]} if self.timed else {}
-        hidden_BTD = self.model.hidden(tokens_BT, BIDIRECTIONAL, **time)
-        return self.model.logits(hidden_BTD[where_BT])[:, : self.vocab_size]
+        told_B = noised_B if self.timed else None
+        return logits_at(self.model, tokens_BT, where_BT, BIDIRECTIONAL, told_B)[:, : self.vocab_size]

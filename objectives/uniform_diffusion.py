@@ -1,6 +1,6 @@
 """Uniform-state diffusion: noise replaces tokens by random ones, so that a sampler can revise what it wrote.
 
-Shape letters: B sequences, T tokens, D model width, V token ids, N positions picked out of a batch. As in the papers,
+Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch. As in the papers,
 K is the number of ids.
 """
 
@@ -15,6 +15,7 @@ from objectives.contracts import Batch, Model, Objective, Request, Samples
 from objectives.decoding.revising import Revise
 from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats
 from objectives.noise import Polynomial, Schedule, check, draw_times, uniform
+from objectives.whole_sequence import logits_at, sampling_flops
 
 
 class UniformDiffusion(Objective):
@@ -65,9 +66,8 @@ class UniformDiffusion(Objective):
 
     def _log_probs(self, model: Model, noised_BT: Tensor, batch: Batch, p_B: Tensor) -> Tensor:
         """log q [N, V] float64 at the tokens that count, of which a fraction p_B is noised."""
-        time = {"time": p_B.to(noised_BT.device)[:, None]} if self.timed else {}
-        hidden_BTD = model.hidden(noised_BT, BIDIRECTIONAL.packed(batch.starts_BT), **time)
-        return model.logits(hidden_BTD[batch.counted_BT]).double().log_softmax(-1)
+        visibility, told_B = BIDIRECTIONAL.packed(batch.starts_BT), p_B if self.timed else None
+        return logits_at(model, noised_BT, batch.counted_BT, visibility, told_B).double().log_softmax(-1)
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """As in `Objective`: the tokens that count are all replaced by random ones, the same for each call."""
@@ -124,9 +124,7 @@ class UniformDiffusion(Objective):
         return Revise(int(masked_BT.sum(1).max()))
 
     def sampling_flops(self, model: LanguageModel, request: Request, samples: Samples) -> float:
-        """As in `Objective`: passes over the whole of each sequence, and the head where it was read."""
-        T = samples.tokens_BT.shape[1]
-        return samples.evaluations * model.flops(T, BIDIRECTIONAL, 0.0) + samples.predictions * model.head_flops
+        return sampling_flops(model, samples)
 
 
 @dataclass(frozen=True)
@@ -138,6 +136,5 @@ class NoisedSequence:
     timed: bool
 
     def __call__(self, tokens_BT: Tensor, where_BT: Tensor, noised_B: Tensor) -> Tensor:
-        time = {"time": noised_B[:, None]} if self.timed else {}
-        hidden_BTD = self.model.hidden(tokens_BT, BIDIRECTIONAL, **time)
-        return self.model.logits(hidden_BTD[where_BT]).double().log_softmax(-1)
+        told_B = noised_B if self.timed else None
+        return logits_at(self.model, tokens_BT, where_BT, BIDIRECTIONAL, told_B).double().log_softmax(-1)

@@ -3,6 +3,7 @@ files are short, and shape letters have a legend."""
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
 def imported(name: str) -> set[str]:
     """The modules of the floors that a module imports, wherever in its file."""
     found = set()

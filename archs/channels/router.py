@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and what keeps the experts' loads even.
+"""The router: the choice of a token's experts, and what keeps their loads even.
 
 Shape letters: N tokens, D model width, E experts, K experts per token.
 """

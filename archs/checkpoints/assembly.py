@@ -36,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Ends:
-    """Where a family has what is not in its layers.
+    """The parts of a family that are not in its layers, and where it has them.
 
     stem: in front of all but the head. shift: what is added to the weight of each norm. scale: of the embeddings.
     positions: number of learned positions. layer_norm: LayerNorm in place of RMSNorm.

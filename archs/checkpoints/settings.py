@@ -20,7 +20,7 @@ ACTIVATIONS = {
 
 
 class Settings:
-    """What a config.json says, to be asked field by field; `close` refuses what nobody asked for.
+    """The fields of a config.json, to be asked for one by one; `close` refuses what nobody asked for.
 
     Args:
         fields: the object in config.json, with its model_type.
