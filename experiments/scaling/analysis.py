@@ -106,13 +106,19 @@ def band(law: Line, design: Design) -> tuple[LawPoint, ...]:
     return tuple(LawPoint(float(c), law.estimate_at(math.log(c)).map(math.exp)) for c in np.geomspace(*ends, 40))
 
 
+def tuned_rate(rows: pd.DataFrame) -> float | None:
+    """The learning rate of the lowest bits per byte among an arm's tuning runs; None while there are none."""
+    rows = rows[rows.status == "done"]
+    return None if rows.empty else float(rows.loc[rows.bits_per_byte.idxmin()].learning_rate)
+
+
 def describe_tuning(tried: pd.DataFrame) -> tuple[Tuning | None, list[str]]:
     """The learning rate that an arm's tuning runs chose, and a warning where it lies at the edge of those tried."""
-    done = tried[tried.status == "done"]
-    if done.empty:
+    best = tuned_rate(tried)
+    if best is None:
         return None, []
+    done = tried[tried.status == "done"]
     rates = sorted(tried.learning_rate.dropna())  # a rate that diverged bounds the best one too
-    best = float(done.loc[done.bits_per_byte.idxmin()].learning_rate)
     edge = f"learning rate {best:g} is at the edge of the rates tried, {rates[0]:g} to {rates[-1]:g}"
     return Tuning(best, float(done.flops.sum()), len(done)), [edge] if best in (rates[0], rates[-1]) else []
 

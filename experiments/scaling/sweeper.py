@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
 from experiments.harness.assembly import open_data
 from experiments.scaling import report
+from experiments.scaling.analysis import tuned_rate
 from experiments.scaling.holdout import predict
 from experiments.scaling.plan import Arm, difference, make_plan
 from experiments.scaling.progress import Progress, duration, estimate_seconds
@@ -156,9 +156,3 @@ class Sweep:
         self.console.print(table)
         flops = sum(cell.flops for cell in cells)
         self.console.print(f"{flops:.3g} FLOPs in all, about {duration(total)} when cells run one after the other")
-
-
-def tuned_rate(rows: pd.DataFrame) -> float | None:
-    """The learning rate of the lowest bits per byte among an arm's tuning runs; None while there are none."""
-    rows = rows[rows.status == "done"]
-    return None if rows.empty else float(rows.loc[rows.bits_per_byte.idxmin()].learning_rate)
