@@ -1,9 +1,11 @@
 """The findings of an experiment: numbers with their intervals, verdicts in words, and both as JSON."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -51,6 +53,43 @@ class Estimate:
     def map(self, increasing: Callable[[float], float]) -> "Estimate":
         """Returns the estimate of an increasing function of the number, such as its exponential."""
         return Estimate(*(float(increasing(x)) for x in (self.value, self.low, self.high)))
+
+
+def number(x: float | Estimate | None, digits: int = 3) -> str:
+    """A number to some significant digits, as 1.20, 12,345 or 2.4e11; a dash for None and for what is no number. An
+    estimate stands before its interval, all three to two significant digits of the interval's width."""
+    if isinstance(x, Estimate):
+        return _with_interval(x)
+    if x is None or math.isnan(x):
+        return "–"
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    if x and not 1e-4 <= abs(x) < 1e6:
+        mantissa, _, exponent = f"{x:.{digits}g}".partition("e")
+        text = f"{mantissa}e{int(exponent)}"
+    elif abs(x) >= 10 ** (digits - 1):
+        text = f"{x:,.0f}"
+    else:
+        text = f"{x:#.{digits}g}" if x else "0"
+    return text.replace("-", "−", 1) if x < 0 else text
+
+
+def _with_interval(x: Estimate) -> str:
+    width = x.high - x.low
+    if not 1e-6 < width < 1e4 or x.low > 0 and x.high > 10 * x.low:
+        value, low, high = (number(end, 2) for end in (x.value, x.low, x.high))
+    else:
+        decimals = max(0, 1 - math.floor(math.log10(width)))
+        value, low, high = (f"{end:.{decimals}f}".replace("-", "−") for end in (x.value, x.low, x.high))
+    return f"{value} [{low}, {high}]"
+
+
+def count(x: float) -> str:
+    """A count to three digits with a letter, as 66.9k or 1.2M."""
+    for power, letter in ((12, "T"), (9, "B"), (6, "M"), (3, "k")):
+        if x >= 0.9995 * 10**power:
+            return f"{x / 10**power:.3g}{letter}"
+    return f"{x:.0f}"
 
 
 @dataclass(frozen=True)
@@ -101,3 +140,18 @@ def write_json(path: Path, content: Any) -> None:
     """Write what `jsonable` makes of `content`, whole or not at all, in a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place that nothing can be written to, before there is anything to write.
+
+    Raises:
+        ValueError: for a folder, and below what is no folder or must not be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"out={path} is a folder: give the name of a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise ValueError(f"out={path} cannot be written: {above}: {error.strerror}") from error

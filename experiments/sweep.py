@@ -1,6 +1,7 @@
 """Train a grid of cells and compare the arms: python -m experiments.sweep sweep=quickstart
 
-Started again, it runs only what is missing. --dry-run prints the cells and runs nothing.
+Started again, it runs only what is missing. --dry-run prints the cells and what they would tell apart, and runs
+nothing. until="multiplier within 5 %" adds runs to the planned ones until the compute multiplier is known as well.
 """
 
 import sys

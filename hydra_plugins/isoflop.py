@@ -1,5 +1,5 @@
 """The isoFLOP sweeper as a Hydra plugin. Hydra looks for plugins in this namespace package alone, and imports all of
-them at every start, so the sweep itself lives in experiments/scaling/sweeper.py and is imported when it runs."""
+them at every start, so the sweep itself lives in experiments/sweeps/sweeper.py and is imported when it runs."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ class IsoFlopSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from experiments.scaling.sweeper import Sweep
+        from experiments.sweeps.sweeper import Sweep
 
         given, launcher, loader = self.config, self.launcher, self.loader
         assert given is not None and launcher is not None  # Hydra has called setup
@@ -30,7 +30,7 @@ class IsoFlopSweeper(Sweeper):
             config = loader.load_sweep_config(given, [*arguments, *overrides])
             with open_dict(config):
                 config.session.root = str(config.session.root)  # it may go by the name of the sweep
-                del config.hydra, config.sweep
+                del config.hydra, config.sweep, config.until, config.limit
             return config
 
         def launch(files: list[Path], first: int) -> None:
@@ -38,8 +38,7 @@ class IsoFlopSweeper(Sweeper):
             launcher.launch(jobs, initial_job_idx=first)
 
         try:
-            settings = loader.load_sweep_config(given, arguments).sweep
-            sweep = Sweep(settings, compose, launch, arguments)
+            sweep = Sweep(loader.load_sweep_config(given, arguments), compose, launch, arguments)
         except ValueError as error:  # a plan that cannot be made, or is not the one on disk
             sys.exit(f"error: {error}")
         sweep.run()

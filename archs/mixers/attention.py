@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archs.contracts import Mixer
-from archs.mixers.heads import heads_for
+from archs.mixers.heads import cut_heads
 from archs.mixers.softmax import attend, positions_of
 from archs.positions import Alibi, Rotary
 from archs.state import KVCache
@@ -20,10 +20,10 @@ class Attention(Mixer[KVCache]):
 
     Args:
         width: model width.
-        head_dim: dimension of a head; where `heads` is None, nearly (see `heads_for`).
+        head_dim: dimension of a head; where `heads` is None, nearly (see `cut_heads`).
         queries_per_kv: query heads that share a key-value head.
         position: Rotary, Alibi or None (the model then has learned positions, or a mixer that knows the order).
-        heads: number of query heads, or None for as many as fill the width.
+        heads: number of query heads, or None for as many as fill the width with heads of head_dim.
         qk_norm: RMSNorm on queries and keys before the rotation: "head" (each head by itself, as in Qwen3), "all" (all
             heads of a token together, as in OLMo 2) or None.
         bias: whether the projections have biases.
@@ -43,7 +43,7 @@ class Attention(Mixer[KVCache]):
         self,
         width: int,
         *,
-        head_dim: int,
+        head_dim: int | None,
         queries_per_kv: int,
         position: Rotary | Alibi | None,
         heads: int | None = None,
@@ -60,9 +60,7 @@ class Attention(Mixer[KVCache]):
             raise ValueError(f"qk_norm={qk_norm!r} must be 'head', 'all' or null")
         if window is not None and window < 1:
             raise ValueError(f"window={window} must be at least 1 token, or null for all")
-        if heads is None:
-            heads = heads_for(width, head_dim, multiple=queries_per_kv)
-            head_dim = width // heads
+        heads, head_dim = cut_heads(width, heads, head_dim, multiple=queries_per_kv)
         if heads % queries_per_kv:
             raise ValueError(f"{heads} heads are not a multiple of queries_per_kv={queries_per_kv}")
         self.heads, self.kv_heads, self.head_dim = heads, heads // queries_per_kv, head_dim

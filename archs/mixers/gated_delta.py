@@ -6,7 +6,7 @@ Shape letters: B sequences, T tokens, D model width, H value heads, V dimensions
 import torch
 from torch import Tensor, nn
 
-from archs.mixers.heads import heads_for
+from archs.mixers.heads import cut_heads
 from archs.mixers.recurrent import RecurrentMixer, gated, log_decay, normalised, reset_decay
 from archs.state import RecurrentState
 from kernels import gated_delta_rule, gated_delta_rule_flops
@@ -22,10 +22,10 @@ class GatedDelta(RecurrentMixer):
 
     Args:
         width: model width.
-        head_dim: dimension that values of a head are to have, nearly (see `heads_for`), and keys too.
+        head_dim: dimension that values of a head are to have, nearly (see `cut_heads`), and keys too.
         value_heads_per_key_head: value heads that read the same key head (2 in Qwen3-Next).
         conv_width: taps of the short convolution.
-        heads: exactly so many value heads of exactly head_dim.
+        heads: exactly so many value heads, of exactly head_dim or, where that is None, of equal parts of the width.
         key_dim: exact dimension of a head's keys, where it is not to be that of its values.
         decay: whether the memory decays; without, the mixer is DeltaNet.
         norm_eps: added to the mean square in the norm; None is the input's machine epsilon (1e-6 in Qwen3-Next).
@@ -38,7 +38,7 @@ class GatedDelta(RecurrentMixer):
         self,
         width: int,
         *,
-        head_dim: int,
+        head_dim: int | None,
         value_heads_per_key_head: int,
         conv_width: int,
         heads: int | None = None,
@@ -47,9 +47,7 @@ class GatedDelta(RecurrentMixer):
         norm_eps: float | None = None,
     ):
         super().__init__()
-        if heads is None:
-            heads = heads_for(width, head_dim, multiple=value_heads_per_key_head)
-            head_dim = width // heads
+        heads, head_dim = cut_heads(width, heads, head_dim, multiple=value_heads_per_key_head)
         if heads % value_heads_per_key_head:
             raise ValueError(
                 f"{heads} value heads cannot share key heads in groups of {value_heads_per_key_head}: choose a "

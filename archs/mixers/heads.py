@@ -3,6 +3,33 @@
 import math
 
 
+def cut_heads(width: int, heads: int | None, head_dim: int | None, multiple: int = 1) -> tuple[int, int]:
+    """The number of heads and the dimension of each.
+
+    Args:
+        width: of all heads together, where either of the two is left open.
+        heads: exactly so many, or None for as many as bring their dimension nearest to head_dim (see `heads_for`).
+        head_dim: None, with `heads` given, for an equal part of the width: then a model of any width has as many heads,
+            and its shape varies smoothly with the width.
+        multiple: what the number of heads must be a multiple of, where it is left open.
+
+    Raises:
+        ValueError: when neither is given, or the width cannot be cut so.
+    """
+    if heads is None:
+        if head_dim is None:
+            raise ValueError("heads and head_dim are both null: give at least one of them")
+        heads = heads_for(width, head_dim, multiple)
+        return heads, width // heads
+    if head_dim is None:
+        if width % (2 * heads):
+            raise ValueError(
+                f"width {width} cannot be cut into {heads} even heads: choose a width that is a multiple of {2 * heads}"
+            )
+        return heads, width // heads
+    return heads, head_dim
+
+
 def heads_for(width: int, head_dim: int, multiple: int = 1) -> int:
     """The number of heads that brings a head nearest to `head_dim` dimensions while width / heads is even.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from archs.contracts import Mixer
-from archs.mixers.heads import heads_for
+from archs.mixers.heads import cut_heads
 from archs.mixers.softmax import attend, positions_of
 from archs.positions import Rotary
 from archs.state import KVCache
@@ -26,7 +26,7 @@ class LatentAttention(Mixer[KVCache]):
     Args:
         width: model width.
         head_dim: dimension of a head's values and of the part of its keys without position; where `heads` is None,
-            nearly (see `heads_for`).
+            nearly (see `cut_heads`).
         position: rotates the part of queries and keys with position.
         heads: number of heads, or None for as many as fill the width.
         kv_rank: dimension of the latent; None for 4 head_dim, as in DeepSeek-V3.
@@ -44,7 +44,7 @@ class LatentAttention(Mixer[KVCache]):
         self,
         width: int,
         *,
-        head_dim: int,
+        head_dim: int | None,
         position: Rotary,
         heads: int | None = None,
         kv_rank: int | None = None,
@@ -55,9 +55,7 @@ class LatentAttention(Mixer[KVCache]):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        if heads is None:
-            heads = heads_for(width, head_dim)
-            head_dim = width // heads
+        heads, head_dim = cut_heads(width, heads, head_dim)
         self.heads, self.value_dim, self.position = heads, head_dim, position
         self.kv_rank = 4 * head_dim if kv_rank is None else kv_rank
         self.nope_dim = head_dim if nope_dim is None else nope_dim

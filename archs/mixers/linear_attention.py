@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from archs.mixers.heads import heads_for
+from archs.mixers.heads import cut_heads
 from archs.mixers.recurrent import RecurrentMixer, gated, log_decay, normalised, reset_decay
 from archs.state import RecurrentState
 from kernels import ssd, ssd_flops
@@ -32,10 +32,10 @@ class LinearAttention(RecurrentMixer):
 
     Args:
         width: model width.
-        head_dim: dimension that keys and values of a head are to have, nearly (see `heads_for`).
+        head_dim: dimension that keys and values of a head are to have, nearly (see `cut_heads`).
         decay: "none", "fixed" or "gated".
         conv_width: taps of the short convolution; 1 looks at no other token.
-        heads: exactly so many heads of exactly head_dim.
+        heads: exactly so many heads, of exactly head_dim or, where that is None, of equal parts of the width.
         norm_eps: added to the mean square in the norm.
 
     Raises:
@@ -46,7 +46,7 @@ class LinearAttention(RecurrentMixer):
         self,
         width: int,
         *,
-        head_dim: int,
+        head_dim: int | None,
         decay: Literal["none", "fixed", "gated"],
         conv_width: int,
         heads: int | None = None,
@@ -55,9 +55,7 @@ class LinearAttention(RecurrentMixer):
         super().__init__()
         if decay not in ("none", "fixed", "gated"):
             raise ValueError(f"unknown decay {decay!r} for linear attention: choose from none, fixed, gated")
-        if heads is None:
-            heads = heads_for(width, head_dim)
-            head_dim = width // heads
+        heads, head_dim = cut_heads(width, heads, head_dim)
         self.heads, self.head_dim, self.decay = heads, head_dim, decay
         self.memory_shape = heads, head_dim, head_dim
         inner, has_gate = heads * head_dim, decay == "gated"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archs.mixers.heads import heads_for
+from archs.mixers.heads import cut_heads
 from archs.mixers.recurrent import RecurrentMixer, reset_decay
 from archs.state import RecurrentState
 from kernels import ssd, ssd_flops
@@ -24,11 +24,11 @@ class Mamba2(RecurrentMixer):
 
     Args:
         width: model width.
-        head_dim: dimension that heads are to have, nearly, at `expand` times the width (see `heads_for`).
+        head_dim: dimension that heads are to have, nearly, at `expand` times the width (see `cut_heads`).
         state_size: numbers that the memory keeps for each channel (128 as published).
         groups: heads / groups heads share B and C, and their channels one norm.
         expand: width of all heads together, as a multiple of the model width.
-        heads: exactly so many heads of exactly head_dim; `expand` then has no say.
+        heads: exactly so many heads, of exactly head_dim or, where that is None, of equal parts of that.
         conv_width: taps of the short convolution.
         conv_bias: whether it has biases.
         bias: whether the projections have biases.
@@ -45,7 +45,7 @@ class Mamba2(RecurrentMixer):
         self,
         width: int,
         *,
-        head_dim: int,
+        head_dim: int | None,
         state_size: int,
         groups: int = 1,
         expand: float = 2,
@@ -59,10 +59,7 @@ class Mamba2(RecurrentMixer):
         dt_limit: tuple[float, float] = (0.0, math.inf),
     ):
         super().__init__()
-        if heads is None:
-            inner = round(width * expand)
-            heads = heads_for(inner, head_dim, multiple=groups)
-            head_dim = inner // heads
+        heads, head_dim = cut_heads(round(width * expand), heads, head_dim, multiple=groups)
         if heads % groups:
             raise ValueError(f"{heads} heads cannot share {groups} groups evenly: choose groups that divide the heads")
         self.heads, self.head_dim, self.groups, self.state_size = heads, head_dim, groups, state_size

@@ -1,7 +1,11 @@
-"""Optimisers, each with the rule by which its learning rate is transferred across widths.
+"""Optimisers, each with the rule by which its learning rate is transferred across widths and lengths of runs.
 
-A rate is tuned at `base_width` and serves every width. Parameters are told apart by their role (`archs.parameters`):
-the rule for a matrix is not that for a vector. Only matrices inside the blocks are decayed.
+A rate is tuned at `base_width` and `base_tokens` and serves every width and length. Parameters are told apart by their
+role (`archs.parameters`): the rule for a matrix is not that for a vector. Only matrices inside the blocks are decayed.
+
+Over lengths the rate of all parameters goes with (base_tokens / D) ** length_exponent, D the tokens of the run: with
+batches of one size the best rate of a short run is higher, by about D^-0.3 (Bjorck et al., arXiv 2409.19913). Where
+batches grow with the run the two effects oppose each other, and 0 leaves the rate as it is.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,12 +22,13 @@ STEPS = 5
 
 
 class Optimiser(Protocol):
-    """What `optim=` builds. learning_rate: the one that sweeps tune, for models of the base width."""
+    """What `optim=` builds. learning_rate: the one that sweeps tune, for models of the base width and runs of the base
+    tokens."""
 
     learning_rate: float
 
-    def build(self, parameters: list[RoleParameter], width: int) -> torch.optim.Optimizer:
-        """The optimiser of these parameters of a model of this width."""
+    def build(self, parameters: list[RoleParameter], width: int, tokens: int) -> torch.optim.Optimizer:
+        """The optimiser of these parameters of a model of this width, for a run of so many tokens."""
         ...
 
     def flops(self, parameters: Iterable[RoleParameter]) -> float:
@@ -41,24 +46,27 @@ class AdamW:
     of every update's effect independent of the width.
 
     Raises:
-        ValueError: for a learning rate or base width that is not above 0.
+        ValueError: for a learning rate, base width or base length that is not above 0.
     """
 
     learning_rate: float
     base_width: int
+    base_tokens: float
+    length_exponent: float
     betas: tuple[float, float]
     weight_decay: float
 
     def __post_init__(self):
-        _check(self.learning_rate, self.base_width)
+        _check(self)
 
-    def build(self, parameters: list[RoleParameter], width: int) -> torch.optim.AdamW:
-        transferred = self.learning_rate * self.base_width / width
+    def build(self, parameters: list[RoleParameter], width: int, tokens: int) -> torch.optim.AdamW:
+        rate = _over_length(self, tokens)
+        transferred = rate * self.base_width / width
         matrices, head, rest = _by_role(parameters)
         groups = [
             {"params": matrices, "lr": transferred, "weight_decay": self.weight_decay},
             {"params": head, "lr": transferred, "weight_decay": 0.0},
-            {"params": rest, "lr": self.learning_rate, "weight_decay": 0.0},
+            {"params": rest, "lr": rate, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], betas=tuple(self.betas), fused=True)
 
@@ -80,30 +88,32 @@ class Muon:
     sqrt(base_width / width). All else is transferred as in `AdamW`.
 
     Raises:
-        ValueError: for a learning rate or base width that is not above 0.
+        ValueError: for a learning rate, base width or base length that is not above 0.
     """
 
     learning_rate: float
     base_width: int
+    base_tokens: float
+    length_exponent: float
     momentum: float
     betas: tuple[float, float]
     weight_decay: float
 
     def __post_init__(self):
-        _check(self.learning_rate, self.base_width)
+        _check(self)
 
-    def build(self, parameters: list[RoleParameter], width: int) -> "MuonWithAdamW":
+    def build(self, parameters: list[RoleParameter], width: int, tokens: int) -> "MuonWithAdamW":
         matrices, head, rest = _by_role(parameters)
-        ratio = self.base_width / width
+        rate, ratio = _over_length(self, tokens), self.base_width / width
         groups = [
             {
                 "params": matrices,
-                "lr": self.learning_rate * ratio**0.5,
+                "lr": rate * ratio**0.5,
                 "weight_decay": self.weight_decay,
                 "muon": True,
             },
-            {"params": head, "lr": self.learning_rate * ratio, "weight_decay": 0.0, "muon": False},
-            {"params": rest, "lr": self.learning_rate, "weight_decay": 0.0, "muon": False},
+            {"params": head, "lr": rate * ratio, "weight_decay": 0.0, "muon": False},
+            {"params": rest, "lr": rate, "weight_decay": 0.0, "muon": False},
         ]
         return MuonWithAdamW([g for g in groups if g["params"]], self.momentum, tuple(self.betas))
 
@@ -181,6 +191,12 @@ def _by_role(parameters: Iterable[RoleParameter]) -> tuple[list[Tensor], list[Te
     return parts
 
 
-def _check(learning_rate: float, base_width: int) -> None:
-    if not learning_rate > 0 or not base_width > 0:
-        raise ValueError(f"optim.learning_rate={learning_rate} and optim.base_width={base_width} must be above 0")
+def _over_length(optimiser: AdamW | Muon, tokens: int) -> float:
+    """The learning rate at the base width for a run of so many tokens."""
+    return optimiser.learning_rate * (optimiser.base_tokens / tokens) ** optimiser.length_exponent
+
+
+def _check(optimiser: AdamW | Muon) -> None:
+    for name in ("learning_rate", "base_width", "base_tokens"):
+        if not (value := getattr(optimiser, name)) > 0:
+            raise ValueError(f"optim.{name}={value} must be above 0")

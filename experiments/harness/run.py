@@ -138,6 +138,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         prepared.schedule,
         trainer.gradient_clip,
         allocation.steps,
+        allocation.tokens,
         data.heldout_bytes,
         config.seed,
     )

@@ -19,7 +19,7 @@ EVALUATION_SEED = 1  # the same masks for every run, so that arms and sizes are 
 
 
 class TrainingModule(L.LightningModule):
-    """Trains `model` on `objective` for `steps` steps and evaluates it on held-out windows.
+    """Trains `model` on `objective` for `steps` steps of `tokens` tokens in all and evaluates it on held-out windows.
 
     Attributes, after an evaluation:
         heldout_nats: [held-out sequences] float64.
@@ -39,15 +39,17 @@ class TrainingModule(L.LightningModule):
         schedule: Schedule,
         gradient_clip: float,
         steps: int,
+        tokens: int,
         heldout_bytes: int,
         seed: int,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
-        self.gradient_clip, self.steps, self.heldout_bytes, self.seed = gradient_clip, steps, heldout_bytes, seed
+        self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
+        self.heldout_bytes, self.seed = heldout_bytes, seed
 
     def configure_optimizers(self) -> dict:  # pyrefly: ignore[bad-override]
-        optimizer = self.optimiser.build(self.model.roles(), self.model.width)
+        optimizer = self.optimiser.build(self.model.roles(), self.model.width, self.tokens)
         schedule = scheduled(optimizer, self.schedule, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

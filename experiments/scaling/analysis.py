@@ -8,38 +8,50 @@ import numpy as np
 import pandas as pd
 
 from experiments.findings import Refused
-from experiments.scaling import holdout
+from experiments.findings import number as written
+from experiments.fits.isoflop import Curve, Flat, NoMinimum
+from experiments.scaling import holdout, tuning
 from experiments.scaling.compare import compare_arms, paired_difference
 from experiments.scaling.design import Design
-from experiments.scaling.frontier import MIN_BUDGETS, budget_curves, finished, loss_law, size_law, with_loss
-from experiments.scaling.isoflop import Curve, Flat, Line, NoMinimum
+from experiments.scaling.frontier import budget_curves, finished
+from experiments.scaling.joint import FEW, Joint, estimated, join, runs_of, seed_spread, sharing
 from experiments.scaling.results import (
     Analysis,
     ArmResult,
     BestRun,
     CellCounts,
     Comparison,
+    IsoFlopCurve,
     Law,
-    LawPoint,
     Minimum,
+    PairedDifference,
+    Point,
     Prediction,
     RefusedMinimum,
-    Tuning,
 )
+from experiments.scaling.surface import fit
+
+STEPS = 40  # points of a curve that is drawn
+LARGE = 2.0  # spread of runs over that of seeds from which the surface is said to miss something
 
 
 def analyse(
     rows: pd.DataFrame, design: Design, prediction: Prediction | None = None, folder: Path | None = None
 ) -> Analysis:
-    """All that the report says. rows: of the ledger. folder: the sweep's, for the held-out nats of each run."""
+    """All that the report says. rows: of the ledger. folder: the sweep's, for the held-out nats of each run and for the
+    predictions of the sweeps beside it."""
     reference = design.arms[0]
-    curves = {arm: budget_curves(finished(rows, "fit", arm), design.budgets) for arm in design.arms}
-    arms = {arm: arm_result(rows, design, arm, curves[arm], prediction) for arm in design.arms}
+    paired = {
+        arm: None if folder is None else paired_difference(rows, design, arm, reference, folder)
+        for arm in design.arms[1:]
+    }
+    evaluation = {arm: _relative(rows, design, arm, difference) for arm, difference in paired.items()}
+    joint, own_floors = join(rows, design, evaluation), join(rows, design, evaluation, own_floors=True, draws=FEW)
+    arms = {arm: arm_result(rows, design, arm, joint, prediction) for arm in design.arms}
 
     def against_reference(arm: str) -> Comparison:
         bounds = tuple(name for name in (arm, reference) if arms[name].bound)
-        paired = None if folder is None else paired_difference(rows, design, arm, reference, folder)
-        return compare_arms(arm, reference, (curves[arm], curves[reference]), design.centre, bounds, paired)
+        return compare_arms(arm, reference, joint, own_floors, design, bounds, paired[arm])
 
     status = rows.status.value_counts()
     return Analysis(
@@ -47,32 +59,58 @@ def analyse(
         arms=arms,
         comparisons=tuple(against_reference(arm) for arm in design.arms[1:]),
         cells=CellCounts(design.cells, *(int(status.get(word, 0)) for word in ("done", "diverged", "failed"))),
+        record=None if folder is None else holdout.record(folder.parent),
     )
+
+
+def _relative(rows: pd.DataFrame, design: Design, arm: str, difference: PairedDifference | None) -> float | None:
+    """The standard error of a paired difference as a fraction of the arm's loss."""
+    if difference is None:
+        return None
+    fit_rows = finished(rows, "fit", arm)
+    return difference.standard_error / float(fit_rows.bits_per_byte.astype(float).min())
 
 
 def arm_result(
-    rows: pd.DataFrame, design: Design, arm: str, curves: Sequence[Curve], prediction: Prediction | None
+    rows: pd.DataFrame, design: Design, arm: str, joint: Joint | Refused, prediction: Prediction | None
 ) -> ArmResult:
-    """One arm: its minima, its laws, what it costs beside FLOPs, its tuning and its held-out outcome."""
-    fit = finished(rows, "fit", arm)
-    minima = tuple(describe_curve(curve) for curve in curves)
-    warnings = [
-        f"budget {m.budget:.3g}: {text}"
-        for m in minima
-        for text in ((m.refused,) if isinstance(m, RefusedMinimum) else m.flags)
-    ]
-    tuning, warning = describe_tuning(rows[(rows.kind == "tune") & (rows.arm == arm)])
+    """One arm: its minima, its part of the surface, what it costs beside FLOPs, its tuning and its held-out outcome."""
+    runs = finished(rows, "fit", arm)
+    minima = tuple(describe_curve(curve) for curve in budget_curves(runs, design.budgets))
+    law = describe_law(joint, arm, design)
+    spread = None if isinstance(law, Refused) else law.spread
+    tuned, warnings = tuning.describe(rows[(rows.kind == "tune") & (rows.arm == arm)], design.budgets, spread)
     forecast = None if prediction is None else prediction.arms.get(arm)
     return ArmResult(
         name=arm,
-        bound=bool((fit.bits_per_byte_kind == "bound").any()),
+        bound=bool((runs.bits_per_byte_kind == "bound").any()),
         minima=minima,
-        law=describe_law(curves, design),
-        tuning=tuning,
-        best=best_run(fit),
+        law=law,
+        tuning=tuned,
+        best=best_run(runs),
         holdout=holdout.outcome(finished(rows, "holdout", arm), design, forecast),
-        warnings=(*warnings, *warning),
+        warnings=(*warnings, *_law_warnings(law, minima)),
     )
+
+
+def _law_warnings(law: Law | Refused, minima: Sequence[Minimum | RefusedMinimum]) -> list[str]:
+    """What to be wary of in an arm's surface, each with its consequence."""
+    warnings = [
+        f"at {written(m.budget)} FLOPs there is no minimum among the sizes tried ({m.refused}): there the frontier "
+        "stands on the surface's form alone"
+        for m in minima
+        if isinstance(m, RefusedMinimum)
+    ]
+    if isinstance(law, Refused):
+        return warnings
+    if law.no_floor:
+        warnings.append("the surface found no floor, as if loss fell to zero: extrapolations are too hopeful")
+    if law.seed_spread is not None and law.spread > LARGE * law.seed_spread:
+        warnings.append(
+            f"runs lie {law.spread:.2%} from the surface (standard deviation) and seeds alone explain "
+            f"{law.seed_spread:.2%}: the surface misses something of these models, which the intervals take for noise"
+        )
+    return warnings
 
 
 def describe_curve(curve: Curve) -> Minimum | RefusedMinimum:
@@ -85,42 +123,64 @@ def describe_curve(curve: Curve) -> Minimum | RefusedMinimum:
     return Minimum(curve.budget, curve.sizes, curve.flags, math.exp(curve.x), curve.loss)
 
 
-def describe_law(curves: Sequence[Curve], design: Design) -> Law | Refused:
-    """An arm's laws of loss and size, or the reason why there are none."""
-    minima = with_loss(curves)
-    if len(minima) < MIN_BUDGETS:
-        return Refused(f"{len(minima)} of {len(curves)} budgets have a minimum, a law needs {MIN_BUDGETS}")
-    loss, size = loss_law(minima, design.centre), size_law(minima, design.centre)
+def describe_law(joint: Joint | Refused, arm: str, design: Design) -> Law | Refused:
+    """An arm's part of the surface, or the reason why there is none."""
+    if isinstance(joint, Refused):
+        return joint
+    number = joint.number(arm)
+    if number is None:
+        return Refused("too few finished runs for a surface")
+    point, draws, runs = joint.fit.surface, joint.draws, joint.fit.model.runs
+    mine = runs.arm == number
+    centre, step = design.centre, 0.01
+    rows = joint.rows[mine]
+    ends = design.budgets[0], design.holdout_budget or design.budgets[-1]
+
+    def slope(surface):
+        low, high = (np.log(surface.frontier(number, centre + side * step)) for side in (-1, 1))
+        return (high - low) / (2 * step)
+
+    to_params = np.polyfit(runs.size[mine], np.log(rows.params_total.to_numpy(float)), 1)[0]
     return Law(
-        centre_flops=math.exp(loss.centre),
-        bits_per_byte_at_centre=loss.estimate_at(loss.centre).map(math.exp),
-        slope=loss.estimate_slope(),
-        size_exponent=None if size is None else size.estimate_slope(),
-        band=band(loss, design),
+        centre_flops=math.exp(centre),
+        bits_per_byte_at_centre=estimated(point.frontier(number, centre), draws.frontier(number, centre)),
+        slope=estimated(slope(point), slope(draws)),
+        floor=estimated(point.E[:, number], draws.E[:, number]),
+        no_floor=joint.fit.no_floor[number],
+        alpha=estimated(point.alpha[:, number], draws.alpha[:, number]),
+        beta=estimated(point.beta[:, number], draws.beta[:, number]),
+        size_exponent=estimated(to_params * point.size_exponent(number), to_params * draws.size_exponent(number)),
+        size_exponent_6nd=_exponent_6nd(joint, number),
+        spread=float(joint.fit.spread[number]),
+        seed_spread=seed_spread(rows),
+        frontier=tuple(
+            Point(float(c), estimated(point.frontier(number, math.log(c)), draws.frontier(number, math.log(c))))
+            for c in np.geomspace(*ends, STEPS)
+        ),
+        curves=tuple(_curve(joint, number, budget) for budget in sorted(rows.budget_flops.unique())),
     )
 
 
-def band(law: Line, design: Design) -> tuple[LawPoint, ...]:
-    """The law from the smallest budget to the held-out one, for drawing."""
-    ends = design.budgets[0], design.holdout_budget or design.budgets[-1]
-    return tuple(LawPoint(float(c), law.estimate_at(math.log(c)).map(math.exp)) for c in np.geomspace(*ends, 40))
+def _exponent_6nd(joint: Joint, arm: int) -> float | None:
+    """The exponent of the optimal parameters in 6ND: of a surface over parameters instead of FLOPs per token."""
+    table = joint.rows.assign(flops=6 * joint.rows.params_total * joint.rows.tokens)
+    try:
+        fitted = fit(runs_of(table, joint.arms), sharing(joint.bounds))
+    except ValueError:
+        return None
+    return float(fitted.surface.size_exponent(arm)[0])
 
 
-def tuned_rate(rows: pd.DataFrame) -> float | None:
-    """The learning rate of the lowest bits per byte among an arm's tuning runs; None while there are none."""
-    rows = rows[rows.status == "done"]
-    return None if rows.empty else float(rows.loc[rows.bits_per_byte.idxmin()].learning_rate)
-
-
-def describe_tuning(tried: pd.DataFrame) -> tuple[Tuning | None, list[str]]:
-    """The learning rate that an arm's tuning runs chose, and a warning where it lies at the edge of those tried."""
-    best = tuned_rate(tried)
-    if best is None:
-        return None, []
-    done = tried[tried.status == "done"]
-    rates = sorted(tried.learning_rate.dropna())  # a rate that diverged bounds the best one too
-    edge = f"learning rate {best:g} is at the edge of the rates tried, {rates[0]:g} to {rates[-1]:g}"
-    return Tuning(best, float(done.flops.sum()), len(done)), [edge] if best in (rates[0], rates[-1]) else []
+def _curve(joint: Joint, arm: int, budget: float) -> IsoFlopCurve:
+    """The surface at one budget, over the sizes tried there."""
+    runs = joint.fit.model.runs
+    tried = runs.size[(runs.arm == arm) & np.isclose(joint.rows.budget_flops.to_numpy(float), budget)]
+    size = np.linspace(tried.min(), tried.max(), STEPS)
+    data = math.log(budget / 6) - size
+    value, draws = joint.fit.surface.loss(arm, size, data)[0], joint.draws.loss(arm, size, data)
+    params = joint.params(arm, size)
+    points = (Point(float(params[i]), estimated(value[i], draws[:, i])) for i in range(STEPS))
+    return IsoFlopCurve(float(budget), tuple(points))
 
 
 def best_run(fit: pd.DataFrame) -> BestRun | None:

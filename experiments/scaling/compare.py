@@ -1,109 +1,153 @@
-"""Arms against each other: compute multipliers, the difference of slopes, and a verdict in words.
-
-Everything is estimated on budgets that both arms have a minimum for. The intervals are those of `isoflop.estimate`:
-resampled runs, or the jackknife over budgets where that is wider.
-"""
+"""Arms against each other, from the joint surface: offset, trend and floor, and a verdict in words."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from experiments.findings import ArmOutcome, Estimate, Verdict
+from experiments.findings import ArmOutcome, Estimate, Refused, Verdict, number
+from experiments.scaling.cost_ratios import cost_ratios
 from experiments.scaling.design import Design
-from experiments.scaling.frontier import MIN_BUDGETS, finished, loss_law, with_loss
-from experiments.scaling.isoflop import Curve, Line, estimate
+from experiments.scaling.frontier import finished
+from experiments.scaling.joint import Joint, estimated, held_out_nats
+from experiments.scaling.power import power_of
 from experiments.scaling.results import Comparison, Multiplier, PairedDifference
 
 MARGIN = 1.25  # "no difference" is said only of multipliers known to lie within this factor of 1
-REACH = 4  # a law is not believed further than this factor beyond the budgets it was fitted to
+REACH = 4  # a surface is not believed further than this factor beyond the budgets it was fitted to
 RULE = (
-    "The budgets are those that both arms have a minimum for. The arm is better where the 95 % interval of its compute "
-    "multiplier lies above 1 at every budget, worse where it lies below 1 at every budget, and crosses over where it "
-    "lies above 1 at one and below 1 at another. There is no difference at this scale where it lies within a factor "
-    f"{MARGIN} of 1 at every budget. Otherwise, and with fewer than {MIN_BUDGETS} budgets, one cannot tell."
+    "The multiplier is the compute that the reference needs for the arm's loss, over the arm's, by one surface "
+    "L = E + A / M^alpha + B / D^beta through the runs of all arms (M: FLOPs per token over 6, D: tokens; A, B and the "
+    "exponents of each arm's own, E shared by exact likelihoods). The arm crosses over where the multiplier's 95 % "
+    "interval lies above 1 at one budget and below 1 at another. Else it is better where the interval at the geometric "
+    "mean of the budgets lies above 1, worse where it lies below 1, and there is no difference at this scale where it "
+    f"lies within a factor {MARGIN} of 1. Otherwise one cannot tell."
 )
 
 
 def compare_arms(
     arm: str,
     reference: str,
-    curves: tuple[Sequence[Curve], Sequence[Curve]],
-    centre: float,
+    joint: Joint | Refused,
+    own_floors: Joint | Refused,
+    design: Design,
     bounds: tuple[str, ...],
     paired: PairedDifference | None,
 ) -> Comparison:
-    """An arm against the reference. curves: of both, budget by budget. bounds: which of the two report upper bounds."""
-    pairs = [with_loss(pair) for pair in zip(*curves, strict=True)]
-    both = [pair for pair in pairs if len(pair) == 2]
-    budgets = tuple(curve.budget for curve, _ in both)
-    if len(both) < MIN_BUDGETS:
-        sentence = (
-            f"{arm} against {reference}: cannot tell, only {len(both)} budgets have a minimum for both "
-            f"and {MIN_BUDGETS} are needed."
+    """An arm against the reference.
+
+    joint: the surface of the sweep; own_floors: one with a floor for each arm. bounds: which of the two report upper
+    bounds.
+    """
+    new, ref = (None if isinstance(joint, Refused) else joint.number(name) for name in (arm, reference))
+    if isinstance(joint, Refused) or new is None or ref is None:
+        missing = (
+            joint.refused if isinstance(joint, Refused) else f"{arm if new is None else reference} has too few runs"
         )
-        verdict = Verdict("cannot tell", sentence, None, RULE)
-        return Comparison(arm, reference, budgets, bounds, (), None, paired, verdict)
-    new, ref = (loss_law(side, centre) for side in zip(*both, strict=True))
-    slope = estimate(new.slope - ref.slope, new.draws[:, 1] - ref.draws[:, 1], new.left_out[:, 1] - ref.left_out[:, 1])
-    multipliers = tuple(multiplier(new, ref, budget, budgets) for budget in budgets)
-    verdict = judge(arm, reference, multipliers, slope, bounds)
-    return Comparison(arm, reference, budgets, bounds, multipliers, slope, paired, verdict)
-
-
-def multiplier(new: Line, reference: Line, budget: float, budgets: Sequence[float]) -> Multiplier:
-    """The compute multiplier at one of the budgets that both laws go through."""
-    x = math.log(budget) - new.centre
-
-    def log_multiplier(n: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """From (intercept, slope) [..., 2] of both."""
-        return (n[..., 0] + n[..., 1] * x - r[..., 0]) / r[..., 1] - x
-
-    value = float(
-        log_multiplier(np.array([new.intercept, new.slope]), np.array([reference.intercept, reference.slope]))
+        verdict = Verdict("cannot tell", f"{arm} against {reference}: cannot tell, {missing}.", None, RULE)
+        return Comparison(arm, reference, bounds, None, (), None, None, {}, (), None, None, paired, verdict)
+    point, draws = joint.fit.surface, joint.draws
+    multipliers = tuple(multiplier(joint, new, ref, math.log(budget), design) for budget in design.budgets)
+    centre = multiplier(joint, new, ref, design.centre, design)
+    p = {"offset": tail(draws.log_multiplier(new, ref, design.centre))}
+    first, last = math.log(design.budgets[0]), math.log(design.budgets[-1])
+    trend = floor = None  # a trend that is read far outside the reference's budgets would be that of its extrapolation
+    if last > first and not any(m.extrapolated for m in multipliers):
+        with np.errstate(invalid="ignore"):  # where draws do not meet the reference's frontier
+            value, drawn = (
+                (surface.log_multiplier(new, ref, last) - surface.log_multiplier(new, ref, first)) / (last - first)
+                for surface in (point, draws)
+            )
+        if np.isfinite(value).all() and np.isfinite(drawn).all():
+            trend, p["trend"] = estimated(value, drawn), tail(drawn)
+    if not isinstance(own_floors, Refused) and joint.bounds[new] == joint.bounds[ref]:
+        value, drawn = (s.E[:, new] - s.E[:, ref] for s in (own_floors.fit.surface, own_floors.draws))
+        floor, p["floor"] = estimated(value, drawn), tail(drawn)
+    shares = joint.errors(new, ref, design.centre)
+    systematic = math.hypot(*(share for share in (shares.learning_rate, shares.evaluation, shares.bound) if share))
+    return Comparison(
+        arm=arm,
+        reference=reference,
+        bounds=bounds,
+        centre=centre,
+        multipliers=multipliers,
+        trend=trend,
+        floor=floor,
+        p=p,
+        costs=cost_ratios(joint, new, ref, design.centre),
+        shares=shares,
+        power=power_of(joint.fit, new, ref, design.centre, systematic, seeds_of(joint.rows)),
+        paired=paired,
+        verdict=judge(arm, reference, centre, multipliers, trend, bounds),
     )
-    draws, left_out = log_multiplier(new.draws, reference.draws), log_multiplier(new.left_out, reference.left_out)
-    compute = budget * math.exp(value)
-    inside = budgets[0] / REACH <= compute <= budgets[-1] * REACH
-    return Multiplier(budget, estimate(value, draws, left_out).map(math.exp), extrapolated=not inside)
 
 
-def outcome_of(multipliers: Sequence[Multiplier]) -> ArmOutcome:
+def multiplier(joint: Joint, arm: int, reference: int, log_flops: float, design: Design) -> Multiplier:
+    """The compute multiplier at some compute."""
+    value = joint.fit.surface.log_multiplier(arm, reference, log_flops)
+    estimate = estimated(value, joint.draws.log_multiplier(arm, reference, log_flops)).map(np.exp)
+    compute = math.exp(log_flops) * estimate.value
+    inside = design.budgets[0] / REACH <= compute <= design.budgets[-1] * REACH
+    return Multiplier(math.exp(log_flops), estimate, extrapolated=not inside)
+
+
+def tail(draws: np.ndarray) -> float:
+    """Twice the fraction of draws on the rarer side of zero, at least one draw."""
+    return float(min(1.0, 2 * max(1, min((draws <= 0).sum(), (draws >= 0).sum())) / len(draws)))
+
+
+def seeds_of(rows: pd.DataFrame) -> int:
+    """Seeds per cell: the median over cells."""
+    return int(rows.groupby(["arm", "budget_flops", "params_total"]).seed.nunique().median())
+
+
+def outcome_of(centre: Estimate, at_budgets: list[Estimate]) -> ArmOutcome:
     """The outcome by `RULE`."""
-    intervals = [m.estimate for m in multipliers]
-    above, below = [i.low > 1 for i in intervals], [i.high < 1 for i in intervals]
-    if any(above) and any(below):
+    if any(e.low > 1 for e in at_budgets) and any(e.high < 1 for e in at_budgets):
         return "crosses over"
-    if all(above):
+    if centre.low > 1:
         return "better"
-    if all(below):
+    if centre.high < 1:
         return "worse"
-    if all(1 / MARGIN < i.low and i.high < MARGIN for i in intervals):
-        return "no difference at this scale"
-    return "cannot tell"
+    return "no difference at this scale" if 1 / MARGIN < centre.low and centre.high < MARGIN else "cannot tell"
 
 
 def judge(
-    arm: str, reference: str, multipliers: Sequence[Multiplier], slope: Estimate, bounds: Sequence[str]
+    arm: str,
+    reference: str,
+    centre: Multiplier,
+    multipliers: tuple[Multiplier, ...],
+    trend: Estimate | None,
+    bounds: tuple[str, ...],
 ) -> Verdict:
-    """The verdict in plain words; its effect is the compute multiplier at the largest budget."""
-    outcome = outcome_of(multipliers)
-    first, last = multipliers[0], multipliers[-1]
-    steeper = "steeper" if slope.high < 0 else "flatter" if slope.low > 0 else "not distinguishable"
+    """The verdict in plain words; its effect is the compute multiplier at the centre."""
+    outcome = outcome_of(centre.estimate, [m.estimate for m in multipliers])
     sentence = (
-        f"{arm} against {reference}: {outcome}. The reference needs this multiple of the compute for the same "
-        f"bits per byte: {first.estimate} at {first.budget:.2g} FLOPs, {last.estimate} at {last.budget:.2g} FLOPs. "
-        f"Its slope is {steeper} (difference {slope:+.3f})."
+        f"{arm} against {reference}: {outcome}. The reference needs {number(centre.estimate)} times the compute for "
+        f"the same loss at {number(centre.flops)} FLOPs"
     )
-    if first.extrapolated or last.extrapolated:
+    if outcome == "crosses over":
+        for end in (multipliers[0], multipliers[-1]):
+            sentence += f", {number(end.estimate)} at {number(end.flops)}"
+    if trend is None:
+        sentence += "."
+    elif trend.low > 0 or trend.high < 0:
+        grows = "grows" if trend.value > 0 else "falls"
+        sentence += (
+            f", and this {grows} with compute (a factor {number(trend.map(lambda t: 10**t))} for every factor 10)."
+        )
+    else:
+        sentence += (
+            f", with no trend that can be told (a factor {number(trend.map(lambda t: 10**t))} for every factor 10)."
+        )
+    if centre.extrapolated:
         sentence += (
             f" That compute lies more than {REACH} times outside the reference's budgets: read its sign, not its size."
         )
     if len(bounds) == 1:
-        sentence += f" {bounds[0]} is an upper bound on its bits per byte, so its true place may be better."
-    return Verdict(outcome, sentence, last.estimate, RULE)
+        sentence += f" {bounds[0]} is an upper bound on its loss, so its true place may be better."
+    return Verdict(outcome, sentence, centre.estimate, RULE)
 
 
 def paired_difference(
@@ -117,11 +161,11 @@ def paired_difference(
         mine = mine[np.isclose(mine.budget_flops, design.budgets[-1])]
         if mine.empty:
             return None
-        path = folder / "cells" / mine.loc[mine.bits_per_byte.idxmin()].id / "heldout_nats.npy"
-        if not path.exists():
-            return None
-        best.append(np.load(path))
-    difference = best[0] - best[1]
+        best.append(held_out_nats(folder, str(mine.loc[mine.bits_per_byte.idxmin(), "id"])))
+    new, ref = best
+    if new is None or ref is None:
+        return None
+    difference = new - ref
     bits = math.log(2) * design.corpus.heldout_bytes
     return PairedDifference(
         budget=design.budgets[-1],

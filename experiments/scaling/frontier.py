@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.scaling.isoflop import (
+from experiments.fits.isoflop import (
     Curve,
     Flat,
     Line,

@@ -1,76 +1,180 @@
-"""The held-out budget: its prediction from the fitted ones, and its outcome."""
+"""The held-out budget: its prediction from the fitted ones, its outcome, and how predictions came out so far."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from experiments.findings import Estimate, Refused
-from experiments.scaling.design import Design
-from experiments.scaling.frontier import MIN_BUDGETS, budget_curves, finished, loss_law, size_law, with_loss
-from experiments.scaling.isoflop import Flat, Located
-from experiments.scaling.results import Forecast, HeldOut, Prediction
+from experiments.findings import QUANTILES, Estimate, Refused
+from experiments.harness import ledger
+from experiments.scaling.design import Design, read_design
+from experiments.scaling.frontier import finished
+from experiments.scaling.joint import DRAWS, Joint, join
+from experiments.scaling.results import (
+    Forecast,
+    FormScore,
+    HeldOut,
+    Prediction,
+    PredictionRecord,
+    read_prediction,
+)
+from experiments.scaling.surface import Fit, Form, Runs, fit
 
-FLOORS = (0.0, 0.5, 0.75)  # fractions of the lowest loss that a prediction's interval allows to be irreducible
+WORSE = 3.0  # error of a form at the largest budget over that of the best, up to which it is used
+SAME_BUDGET = 0.3  # in ln C
+
+
+class Alternative(NamedTuple):
+    """A form of the surface, its error where the largest budget was left out (None where that cannot be), and whether
+    predictions use it; its fit then."""
+
+    name: str
+    error: float | None
+    used: bool
+    fit: Fit
 
 
 def predict(rows: pd.DataFrame, design: Design, written: str) -> Prediction:
-    """The bits per byte and optimal size of each arm at the held-out budget, from its fitted budgets alone.
+    """What to expect of each arm at the held-out budget, from the surfaces of its fitted budgets alone.
 
     Raises:
         ValueError: for a design without a held-out budget.
     """
     if design.holdout_budget is None:
         raise ValueError(f"sweep {design.name} has no held-out budget: set sweep.holdout to have one predicted")
-    arms = {arm: _forecast(finished(rows, "fit", arm), design, math.log(design.holdout_budget)) for arm in design.arms}
-    return Prediction(written, design.holdout_budget, arms)
+    joint = join(rows, design, {})
+    if isinstance(joint, Refused):
+        return Prediction(written, design.holdout_budget, dict.fromkeys(design.arms, joint), ())
+    candidates = alternatives(joint.fit)
+    arms = {arm: _forecast(joint, candidates, arm, design) for arm in design.arms}
+    scores = tuple(FormScore(name, error, used) for name, error, used, _ in candidates)
+    return Prediction(written, design.holdout_budget, arms, scores)
 
 
-def _forecast(fit: pd.DataFrame, design: Design, log_flops: float) -> Forecast | Refused:
-    minima = with_loss(budget_curves(fit, design.budgets))
-    if len(minima) < MIN_BUDGETS:
-        return Refused(f"{len(minima)} budgets with a minimum, at least {MIN_BUDGETS} are needed")
-    size = size_law(minima, design.centre)
+def _forecast(joint: Joint, candidates: list[Alternative], arm: str, design: Design) -> Forecast | Refused:
+    number, cells = joint.number(arm), design.holdout_cells.get(arm, ())
+    if number is None:
+        return Refused(f"{arm} has too few finished runs for a surface")
+    if not cells:
+        return Refused(f"{arm} has no held-out runs in the plan")
+    flops, tokens = np.array(cells).T
+    size, _ = joint.fit.surface.optimum(number, math.log(design.holdout_budget or 0))
     return Forecast(
-        bits_per_byte=extrapolate(minima, design.centre, log_flops),
-        params=None if size is None else math.exp(size.at(log_flops)),
-        budgets=len(minima),
+        bits_per_byte=best_of(candidates, number, np.log(flops / (6 * tokens)), np.log(tokens)),
+        params=float(joint.params(number, size)[0]),
+        runs=int((joint.fit.model.runs.arm == number).sum()),
     )
 
 
-def extrapolate(minima: Sequence[Located | Flat], centre: float, log_flops: float) -> Estimate:
-    """Bits per byte at some compute by the power law through at least three minima, with a 95 % prediction interval:
-    the hull of laws with several irreducible losses, each with the scatter of the minima about it.
+def alternatives(fitted: Fit) -> list[Alternative]:
+    """The surface and those of other forms, each scored on the runs of the largest budget, fitted without them. A form
+    is used where its error there is at most `WORSE` times that of the best.
 
-    Few budgets cannot tell these laws apart, and a pure power law alone promises too much: on the curves of Porian et
-    al. (arXiv 2406.19146) four budgets over a factor 8 hold the loss at 4 times the largest in 89 % of cases by the
-    power law's own interval, and in all 64 by this one."""
-    laws = []
-    for fraction in FLOORS:
-        floor = fraction * min(m.loss for m in minima)
-        law = loss_law(minima, centre, floor)
-        residual = np.array([math.log(m.loss - floor) - law.at(math.log(m.budget)) for m in minima])
-        scatter = math.sqrt((residual**2).sum() / (len(minima) - 2))
-        noise = np.random.default_rng(0).normal(0, scatter, len(law.draws))
-        above = law.estimate_at(log_flops, noise).map(math.exp)
-        laws.append(Estimate(floor + above.value, floor + above.low, floor + above.high))
-    return Estimate(laws[0].value, min(law.low for law in laws), max(law.high for law in laws))
+    The curves of Porian et al. (arXiv 2406.19146) level off later than the surface says and earlier than one without a
+    floor does: four budgets there hold the loss at 4 times the largest in 23 of 64 cases by the surface alone and in
+    56 by the hull of the forms used.
+    """
+    runs, form = fitted.model.runs, fitted.model.form
+    forms = {
+        "own exponents": form,
+        "no floor": replace(form, floored=False),
+        "tied exponents": replace(form, tied=True),
+    }
+    log_flops = runs.size + runs.data
+    largest = log_flops > log_flops.max() - SAME_BUDGET
+    kept, left_out = runs.where(~largest), runs.where(largest)
+    errors = {name: _error(kept, left_out, other) for name, other in forms.items()}
+    known = [error for error in errors.values() if error is not None]
+    worst = WORSE * min(known) if known else math.inf
+    found = []
+    for name, other in forms.items():
+        error, used = errors[name], other == form or not known or (errors[name] or math.inf) <= worst
+        if not used or other == form:
+            found.append(Alternative(name, error, used, fitted))
+            continue
+        try:
+            found.append(Alternative(name, error, True, fit(runs, other)))
+        except ValueError:
+            continue
+    return found
+
+
+def _error(kept: Runs, left_out: Runs, form: Form) -> float | None:
+    """Root mean square of ln(loss) of the runs left out about the surface of the others; None where these are too
+    few."""
+    try:
+        surface = fit(kept, form).surface
+    except ValueError:
+        return None
+    squares = [
+        (left_out.loss[mine] - np.log(surface.loss(arm, left_out.size[mine], left_out.data[mine])[0])) ** 2
+        for arm in range(len(form.floors))
+        if (mine := left_out.arm == arm).any()
+    ]
+    return float(np.sqrt(np.concatenate(squares).mean()))
+
+
+def best_of(candidates: list[Alternative], arm: int, size: np.ndarray, data: np.ndarray) -> Estimate:
+    """The lowest bits per byte among runs of these ln sizes and ln tokens, with a 95 % prediction interval: the hull of
+    those of the forms used, each of surfaces that the fitted runs allow, with runs that scatter about them as those
+    did. They are scored on the same held-out text and tuned the same way, so of those errors there is none."""
+    rng, medians, ends = np.random.default_rng(3), [], []
+    for candidate in candidates:
+        if candidate.used:
+            scatter = candidate.fit.spread[arm] * rng.standard_normal((DRAWS, len(size)))
+            losses = candidate.fit.draws(DRAWS, seed=2).loss(arm, size, data)
+            lowest = (losses * np.exp(scatter)).min(1)
+            medians.append(np.median(lowest))
+            ends.append(np.quantile(lowest, QUANTILES))
+    low, high = np.array(ends).T
+    return Estimate(float(np.mean(medians)), float(low.min()), float(high.max()))
 
 
 def outcome(rows: pd.DataFrame, design: Design, forecast: Forecast | Refused | None) -> HeldOut | None:
-    """The outcome of an arm's finished held-out runs, against what was expected: the parabola's minimum where there is
-    one, else the best run, which is then an upper limit. None where there are no runs."""
-    budget = design.holdout_budget
-    if rows.empty or not budget:
+    """The best of an arm's finished held-out runs, against what was expected of it; None where there are no runs."""
+    if rows.empty or not design.holdout_budget:
         return None
-    (curve,) = budget_curves(rows, [budget])
-    if isinstance(curve, Located):
-        value, params, how = curve.loss, math.exp(curve.x), "isoFLOP minimum"
-    else:
-        best = rows.loc[rows.bits_per_byte.idxmin()]
-        value, params = float(best.bits_per_byte), float(best.params_total)
-        how = f"best run ({'flat curve' if isinstance(curve, Flat) else curve.refused})"
+    best = rows.loc[rows.bits_per_byte.idxmin()]
+    value = float(best.bits_per_byte)
     predicted = forecast.bits_per_byte if isinstance(forecast, Forecast) else None
     inside = None if predicted is None else value in predicted
-    return HeldOut(budget, value, params, how, predicted, inside)
+    how = f"the best of {len(rows)} runs"
+    return HeldOut(design.holdout_budget, value, float(best.params_total), how, predicted, inside)
+
+
+def scores(root: Path) -> pd.DataFrame:
+    """The predictions of all sweeps below a folder against their outcomes, one row per arm: sweep, arm, budget, when it
+    was written, predicted, low, high, outcome and inside. Those whose held-out runs are not all finished are left out.
+
+    Raises:
+        ValueError: for a prediction that cannot be read.
+    """
+    found = []
+    for path in sorted(root.glob("*/prediction.json")):
+        design, prediction = read_design(path.parent), read_prediction(path)
+        rows = ledger.read(path.parent / "ledger.jsonl")
+        for arm, forecast in prediction.arms.items():
+            runs = finished(rows, "holdout", arm)
+            held = outcome(runs, design, forecast)
+            if held is None or held.predicted is None or len(runs) < len(design.holdout_cells.get(arm, ())):
+                continue
+            said = held.predicted
+            found.append(
+                [design.name, arm, held.budget, prediction.written, said.value, said.low, said.high, held.bits_per_byte]
+                + [held.inside]
+            )
+    columns = ["sweep", "arm", "budget", "written", "predicted", "low", "high", "outcome", "inside"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def record(root: Path) -> PredictionRecord:
+    """How many of the predictions below a folder came out so far, and how many inside their intervals; none are counted
+    where one of them cannot be read, which `experiments.score` then says."""
+    try:
+        table = scores(root)
+    except ValueError:
+        return PredictionRecord(0, 0)
+    return PredictionRecord(len(table), int(table.inside.sum()))

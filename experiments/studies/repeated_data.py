@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 from experiments.findings import Estimate, Verdict
 from experiments.harness.assembly import measure, open_data
 from experiments.harness.identity import run_of
-from experiments.scaling.figures import COLOURS, MARKERS
+from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.study import Cell, Compose, Study
 
 

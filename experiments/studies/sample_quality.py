@@ -27,7 +27,7 @@ from experiments.findings import QUANTILES, Estimate, Verdict
 from experiments.harness.assembly import measure, open_data
 from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun
-from experiments.scaling.figures import COLOURS, MARKERS
+from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.study import Cell, Compose, Study
 from objectives.contracts import Model, Objective, Request, Sampler
 from objectives.uniform_diffusion import UniformDiffusion

@@ -12,7 +12,7 @@ from archs.channels.mlp import MLP
 from archs.language_model import LanguageModel, depth_for
 from archs.mixers.attention import Attention
 from archs.mixers.gated_delta import GatedDelta
-from archs.mixers.heads import heads_for
+from archs.mixers.heads import cut_heads, heads_for
 from archs.mixers.parallel import Parallel
 from archs.parameters import Role
 from archs.positions import Rotary
@@ -109,6 +109,20 @@ def test_depth_follows_width(width, depth):
 def test_models_that_cannot_be_built_say_why(changes, words):
     with pytest.raises(ValueError, match=words):
         build(**changes)
+
+
+@given(n=st.integers(1, 64), heads=st.integers(1, 8))
+def test_a_number_of_heads_alone_cuts_every_width_evenly(n, heads):
+    assert cut_heads(2 * heads * n, heads, None) == (heads, 2 * n)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "words"),
+    [(30, 4, "width 30 cannot be cut into 4 even heads: choose .* multiple of 8"), (32, None, "give at least one")],
+)
+def test_heads_that_do_not_fit_are_refused_in_a_sentence(width, heads, words):
+    with pytest.raises(ValueError, match=words):
+        cut_heads(width, heads, None)
 
 
 @settings(max_examples=200, deadline=None)

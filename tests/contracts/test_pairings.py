@@ -22,7 +22,7 @@ def test_it_learns_a_repeating_sequence(arch, objective):
         with pytest.raises(ValueError, match=f"needs {objective.visibility.kind.value} visibility"):
             objective.check(model, LENGTH)
         return
-    optimizer = instantiate(config.optim).build(model.roles(), model.width)
+    optimizer = instantiate(config.optim).build(model.roles(), model.width, 1_000_000)
     batch = Batch.of(torch.arange(LENGTH).remainder(5).expand(8, -1) + 1)
 
     @torch.no_grad()

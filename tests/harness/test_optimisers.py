@@ -1,5 +1,6 @@
 """Optimisers: what each does to a parameter, how its rate is transferred across widths, and what its steps cost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from experiments.harness.optimisers import AdamW, Muon, orthogonalised
 from experiments.harness.schedules import ConstantThenDecay, Cosine, Linear, scheduled
 
 OPTIMISERS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "optim").glob("*.yaml"))
+MUON = Muon(0.01, 64, 1e6, 0.0, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1)
+ADAMW = AdamW(0.01, 64, 1e6, 0.0, betas=(0.9, 0.95), weight_decay=0.1)
 every = pytest.mark.parametrize("name", OPTIMISERS)
 
 
@@ -20,7 +23,7 @@ def build(make_config, name, width, *overrides):
     torch.manual_seed(0)
     model = instantiate(config.arch.model, vocab_size=17)
     optimiser = instantiate(config.optim)
-    return model, optimiser, optimiser.build(model.roles(), model.width)
+    return model, optimiser, optimiser.build(model.roles(), model.width, 1_000_000)
 
 
 @every
@@ -52,6 +55,14 @@ def test_a_step_changes_the_output_by_about_as_much_at_any_width(make_config, na
     assert 0.4 < moved[1] / moved[0] < 2.5
 
 
+@every
+def test_every_rate_goes_with_the_length_of_the_run_by_its_exponent(make_config, name):
+    model, optimiser, built = build(make_config, name, 32, "optim.length_exponent=0.3")
+    longer = optimiser.build(model.roles(), model.width, 8_000_000)
+    for group, other in zip(built.param_groups, longer.param_groups, strict=True):
+        assert other["lr"] == pytest.approx(group["lr"] * 8**-0.3)
+
+
 def role_of(shape, role):
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(shape))
@@ -72,7 +83,7 @@ def test_a_matrix_moves_under_muon_as_under_pytorchs(shape):
     gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
     ours, theirs = role_of(shape, Role.MATRIX), role_of(shape, Role.MATRIX)
     start = ours.parameter.detach().clone()
-    built = Muon(0.01, 64, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1).build([ours], 64)
+    built = MUON.build([ours], 64, 1)
     plain = torch.optim.Muon(
         [theirs.parameter], lr=0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
@@ -85,9 +96,9 @@ def test_everything_else_moves_under_muon_as_under_adamw():
     for role, width in ((Role.HEAD, 32), (Role.EMBEDDING, 32), (Role.VECTOR, 32)):
         gradients = [torch.randn(5, 7, generator=generator) for _ in range(4)]
         moved = []
-        for optimiser in (Muon(0.01, 64, 0.95, (0.9, 0.95), 0.1), AdamW(0.01, 64, (0.9, 0.95), 0.1)):
+        for optimiser in (MUON, ADAMW):
             mine = role_of((5, 7), role)
-            moved.append(stepped(optimiser.build([mine], width), mine.parameter, gradients))
+            moved.append(stepped(optimiser.build([mine], width, 1), mine.parameter, gradients))
         torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-7)
 
 
@@ -103,10 +114,9 @@ def test_the_experts_of_a_layer_are_orthogonalised_one_by_one():
 def test_the_flops_of_a_step_are_those_that_pytorch_counts(shape):
     with FlopCounterMode(display=False) as counter:
         orthogonalised(torch.randn(shape))
-    muon = Muon(0.01, 64, 0.95, (0.9, 0.95), 0.1)
-    assert muon.flops([role_of(shape, Role.MATRIX)]) == counter.get_total_flops()
-    assert muon.flops([role_of(shape, Role.EMBEDDING)]) == 0
-    assert AdamW(0.01, 64, (0.9, 0.95), 0.1).flops([role_of(shape, Role.MATRIX)]) == 0
+    assert MUON.flops([role_of(shape, Role.MATRIX)]) == counter.get_total_flops()
+    assert MUON.flops([role_of(shape, Role.EMBEDDING)]) == 0
+    assert ADAMW.flops([role_of(shape, Role.MATRIX)]) == 0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 1000])
@@ -133,8 +143,9 @@ def test_every_schedule_stays_between_zero_and_the_rate(schedule, steps):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: AdamW(0, 64, (0.9, 0.95), 0.1), "optim.learning_rate=0 and optim.base_width=64 must be above 0"),
-        (lambda: Muon(0.1, 0, 0.95, (0.9, 0.95), 0.1), "optim.base_width=0 must be above 0"),
+        (lambda: replace(ADAMW, learning_rate=0), "optim.learning_rate=0 must be above 0"),
+        (lambda: replace(MUON, base_width=0), "optim.base_width=0 must be above 0"),
+        (lambda: replace(ADAMW, base_tokens=-1.0), "optim.base_tokens=-1.0 must be above 0"),
         (lambda: Linear(1.0), "schedule.warmup=1.0 must be a fraction of the run, at least 0 and below 1"),
         (lambda: Cosine(0.1, -0.1), "schedule.floor=-0.1 must be a fraction"),
         (lambda: ConstantThenDecay(0.3, 0.8), "schedule.decay=0.8 must be above 0 and at most 1 - warmup=0.7"),

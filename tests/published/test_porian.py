@@ -6,10 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.scaling.fit import fit_runs
-from experiments.scaling.holdout import extrapolate
-from experiments.scaling.isoflop import Located, NoMinimum, find_minimum, fit_line, resample_minima
-from experiments.scaling.runs import Columns
+from experiments.fits.fit import fit_runs
+from experiments.fits.fit_results import Settings
+from experiments.fits.isoflop import (
+    Located,
+    NoMinimum,
+    extrapolate,
+    find_minimum,
+    fit_line,
+    line_weights,
+    resample_minima,
+    vertex_errors,
+)
+from experiments.fits.runs import Columns
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "porian_isoflop.csv"
 COLUMNS = Columns(budget="flops", flops="flops", params="n", tokens="t", loss="loss")
@@ -50,6 +59,14 @@ def test_the_tuned_exponent_is_reproduced_by_spline_and_by_parabola():
     assert exponent(minima).slope == pytest.approx(0.508, abs=0.003)
 
 
+@pytest.mark.parametrize(("dataset", "published"), [("rw", 0.497), ("owt2", 0.518)])
+def test_weighted_by_their_errors_the_parabolas_agree_with_the_published_spline(dataset, published):
+    minima = located(("tuned", "short", "const", "standard"), dataset)
+    budgets, x = np.array([m.budget for m in minima]), np.array([m.x for m in minima])
+    line = fit_line(budgets, x, np.zeros((0, len(x))), weights=line_weights(budgets, x, vertex_errors(minima)))
+    assert line.slope == pytest.approx(published, abs=0.02)
+
+
 def test_the_ladder_from_kaplan_to_hoffmann_is_reproduced():
     got = [exponent(located(setting), akima=True).slope for setting in LADDER]
     assert got == pytest.approx(list(LADDER.values()), abs=0.02)
@@ -83,14 +100,17 @@ def test_the_loss_at_four_times_the_compute_lies_in_the_prediction_interval():
             ok = located(setting, dataset)
             for i in range(4, len(ok) - 1):
                 known, target = ok[i - 4 : i], ok[i + 1]
-                centre = np.log([m.budget for m in known]).mean()
-                inside.append(target.loss in extrapolate(known, centre, np.log(target.budget)))
+                budgets, losses = np.array([(m.budget, m.loss) for m in known]).T
+                _, drawn = resample_minima(known, 2000, seed=0)
+                inside.append(target.loss in extrapolate(budgets, losses, drawn, np.log(target.budget)))
     assert len(inside) == 64 and np.mean(inside) >= 0.95
 
 
 def test_the_table_is_fitted_from_its_columns_alone():
-    got = fit_runs(pd.read_csv(DATA), COLUMNS, query="dataset == 'rw' and hparams == 'tuned'", sensitivity=(), draws=2)
-    laws = got.power_laws
-    assert laws.N.exponent.value == pytest.approx(0.508, abs=0.003)
+    settings = Settings(filter="dataset == 'rw' and hparams == 'tuned'", sensitivity=(), bootstrap=300)
+    got = fit_runs(pd.read_csv(DATA), COLUMNS, settings)
+    laws = got.arms[0].power_laws
+    assert laws.N.exponent.value == pytest.approx(0.497, abs=0.01) and 0.497 in laws.N.exponent
+    assert laws.N_spline.exponent.value == pytest.approx(0.497, abs=0.01)
     assert got.rows.read == 1160 and got.rows.fitted == 121 and got.derived == ()
     assert laws.N.exponent.value + laws.D.exponent.value == pytest.approx(1, abs=0.01)

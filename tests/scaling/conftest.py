@@ -11,12 +11,20 @@ import pytest
 
 from experiments.findings import write_json
 from experiments.harness import ledger
-from experiments.scaling import analysis, holdout, report
+from experiments.scaling import analysis, holdout
 from experiments.scaling.design import Design
 
 BUDGETS = [1e12, 2e12, 4e12, 8e12]
 HOLDOUT = 3.2e13
-REFERENCE = {"level": 3.0, "slope": 0.08, "curvature": 0.05}
+# L = E + A / (N / 1e5)^alpha + B / (D / 1e7)^beta, for arms that need `multiplier` times less compute
+REFERENCE = {"E": 1.2, "A": 0.9, "B": 0.7, "alpha": 0.4, "beta": 0.4, "multiplier": 1.0, "kind": "exact"}
+
+
+def loss_of(law, params, tokens):
+    """The planted loss of a model of so many parameters (of six FLOPs per token and parameter) after so many tokens."""
+    gain = law["multiplier"] ** -(law["alpha"] * law["beta"] / (law["alpha"] + law["beta"]))
+    terms = law["A"] * (params / 1e5) ** -law["alpha"] + law["B"] * (tokens / 1e7) ** -law["beta"]
+    return law["E"] + gain * terms
 
 
 @dataclass
@@ -50,30 +58,34 @@ class Synthetic:
         return folder
 
 
-def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shift=0.0):
-    """laws by arm -> runs that follow them: L = L*(C) (1 + k (ln N - ln N*(C))^2) with noise."""
+def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shift=0.0, seeds=1):
+    """laws by arm -> runs that follow them with normal errors of ln(loss), sizes evenly about N = sqrt(C / 120).
+
+    shift: of the fitted sizes in ln N. Tuning runs lie on a parabola in the log of the rate about 0.01.
+    """
     rng = np.random.default_rng(seed)
     cells, rows, nats = [], [], {}
     for arm, law in laws.items():
         law = REFERENCE | law
-        wanted = [("fit", budget, np.linspace(-1.3, 1.3, sizes)) for budget in BUDGETS]
-        wanted += [("holdout", HOLDOUT, np.linspace(-0.7, 0.7, 3)), ("tune", BUDGETS[0], np.zeros(3))]
-        for kind, budget, offsets in wanted:
-            for i, offset in enumerate(offsets):
+        wanted = [("fit", budget, np.linspace(-1.3, 1.3, sizes), 0.01) for budget in BUDGETS] * seeds
+        wanted += [("holdout", HOLDOUT, np.linspace(-0.7, 0.7, 3), 0.01)]
+        wanted += [("tune", BUDGETS[i], np.zeros(1), rate) for i in (0, 3) for rate in (0.005, 0.01, 0.02)]
+        for number, (kind, budget, offsets, rate) in enumerate(wanted):
+            for offset in offsets:
                 offset = offset + (shift if kind == "fit" else 0.0)
                 params = round(math.sqrt(budget / 120) * math.exp(offset))
-                loss = law["level"] * (budget / BUDGETS[0]) ** -law["slope"] * (1 + law["curvature"] * offset**2)
+                tokens = round(budget / 6 / params)
+                loss = loss_of(law, params, tokens) * math.exp(0.05 * math.log(rate / 0.01) ** 2)
                 loss *= math.exp(rng.normal(0, noise) if noise else 0)
-                rate = [0.005, 0.01, 0.02][i] if kind == "tune" else 0.01
-                loss += 0.1 if kind == "tune" and rate != 0.01 else 0.0
                 name = f"{len(cells):012x}"
-                cells.append({"kind": kind, "arm": arm})
+                cells.append({"kind": kind, "arm": arm, "flops": budget, "tokens": tokens})
                 if kind in kinds:
                     rows.append(dict.fromkeys(ledger.COLUMNS) | {
                         "id": name, "status": "done", "kind": kind, "arm": arm, "arch": arm, "objective": "o",
                         "budget_flops": budget, "flops": budget, "flops_6nd": 0.9 * budget, "params_total": params,
-                        "width": 8, "tokens": round(budget / 6 / params), "learning_rate": rate, "seed": 0,
-                        "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": law.get("kind", "exact"),
+                        "width": 8, "tokens": tokens, "learning_rate": rate,
+                        "seed": number // len(BUDGETS) if kind == "fit" else 0,
+                        "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": law["kind"],
                         "wall_seconds": 10.0, "train_seconds": 9.0, "tokens_per_second": 1e4,
                         "peak_memory_bytes": 1e9, "state_bytes": 1e5, "mfu": 0.1, "device": "test",
                         "versions": {"torch": "2"},
@@ -95,6 +107,8 @@ def make_sweep():
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder of a finished sweep of three arms with its report, to be read only, and the lines that sum it up."""
-    arms = {"reference": {}, "new": {"slope": 0.1}, "masked": {"level": 4.0, "kind": "bound"}}
+    arms = {"reference": {}, "new": {"multiplier": 1.5}, "masked": {"E": 2.2, "kind": "bound"}}
+    from experiments.report import report
+
     folder = make(arms, noise=0.002).write(tmp_path_factory.mktemp("sweep") / "reported")
     return folder, report.write(folder)

@@ -1,0 +1,310 @@
+"""One surface through the runs of all arms: L_i = E + A_i / M^alpha + B_i / D^beta, with what the arms share chosen.
+
+The form is that of Hoffmann et al. 2022 (arXiv 2203.15556, eq. 2). Its N is a run's training FLOPs per token over six,
+so that C = 6 M D holds exactly for every architecture, and the frontier L*(C), which is eq. 4 there, is one of counted
+FLOPs. Errors are those of ln L.
+
+Shape letters: S problems (starts or draws), R runs, P parameters, K arms.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from experiments.fits.least_squares import Solutions, levenberg_marquardt
+
+EXPONENTS = (0.02, 3.0)
+NO_FLOOR = 1e-3  # of the lowest loss: a floor down there is none
+ROBUST = 1.345  # standard deviations from which a residual counts by its size and not its square (Huber, 1964)
+SHRINKAGE = 0.7102  # mean of the square of a normal variable clipped at ROBUST
+ROUNDS = 4  # of the fit and its scale, each from the other
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Finished runs as the surface sees them, all [R].
+
+    arm: its number. size: ln of FLOPs per token over six. data: ln tokens. loss: ln of the loss. cell: runs of equal
+    number share place, seed and order of the data across arms.
+    """
+
+    arm: np.ndarray
+    size: np.ndarray
+    data: np.ndarray
+    loss: np.ndarray
+    cell: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.arm)
+
+    def where(self, keep: np.ndarray) -> "Runs":
+        """Returns those that `keep` [R] selects."""
+        return Runs(self.arm[keep], self.size[keep], self.data[keep], self.loss[keep], self.cell[keep])
+
+
+@dataclass(frozen=True)
+class Form:
+    """What arms share: for each, the number of its floor and of its exponents; tied: alpha = beta (Gadre et al., arXiv
+    2403.08540); floored: without, E = 0."""
+
+    floors: tuple[int, ...]
+    exponents: tuple[int, ...]
+    tied: bool = False
+    floored: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """The number of those that are free."""
+        exponents = 1 + max(self.exponents)
+        return self.floored * (1 + max(self.floors)) + (1 if self.tied else 2) * exponents + 2 * len(self.floors)
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The constants of S surfaces over K arms, each [S, K], with size and data measured from `origin` in ln.
+
+    E is in the loss's unit, a and b are ln of A and B at the origin.
+    """
+
+    origin: tuple[float, float]
+    E: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    alpha: np.ndarray
+    beta: np.ndarray
+
+    def loss(self, arm: int, size: np.ndarray, data: np.ndarray) -> np.ndarray:
+        """L at ln size and ln data [...] of each surface, [S, ...]."""
+        size, data = np.asarray(size) - self.origin[0], np.asarray(data) - self.origin[1]
+        e, a, b, alpha, beta = (
+            x[:, arm].reshape(-1, *(1,) * size.ndim) for x in (self.E, self.a, self.b, self.alpha, self.beta)
+        )
+        return e + np.exp(a - alpha * size) + np.exp(b - beta * data)
+
+    def optimum(self, arm: int, log_flops: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+        """ln size and ln data [S] of the lowest loss at C."""
+        budget = log_flops - np.log(6) - sum(self.origin)
+        a, b, alpha, beta = self.a[:, arm], self.b[:, arm], self.alpha[:, arm], self.beta[:, arm]
+        size = (np.log(alpha / beta) + a - b + beta * budget) / (alpha + beta)
+        return size + self.origin[0], budget - size + self.origin[1]
+
+    def frontier(self, arm: int, log_flops: float) -> np.ndarray:
+        """The lowest loss at C [S]."""
+        size, data = self.optimum(arm, log_flops)
+        size, data = size - self.origin[0], data - self.origin[1]
+        return (
+            self.E[:, arm]
+            + np.exp(self.a[:, arm] - self.alpha[:, arm] * size)
+            + np.exp(self.b[:, arm] - self.beta[:, arm] * data)
+        )
+
+    def flops_for(self, arm: int, loss: np.ndarray) -> np.ndarray:
+        """ln of the compute at which an arm's frontier comes down to a loss [S]; infinite at or below its floor."""
+        a, b, alpha, beta = self.a[:, arm], self.b[:, arm], self.alpha[:, arm], self.beta[:, arm]
+        at_origin = (np.log(alpha / beta) + a - b) / (alpha + beta)
+        above = np.logaddexp(a - alpha * at_origin, b + beta * at_origin)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            distance = np.log(np.fmax(loss - self.E[:, arm], 0.0))
+        return (above - distance) * (alpha + beta) / (alpha * beta) + sum(self.origin) + np.log(6)
+
+    def log_multiplier(self, arm: int, reference: int, log_flops: float) -> np.ndarray:
+        """ln of the compute that the reference needs for the arm's loss at C, over C [S]."""
+        return self.flops_for(reference, self.frontier(arm, log_flops)) - log_flops
+
+    def size_exponent(self, arm: int) -> np.ndarray:
+        """Exponent of the optimal FLOPs per token in compute [S]."""
+        return self.beta[:, arm] / (self.alpha[:, arm] + self.beta[:, arm])
+
+    def shifted(self, log_factor: np.ndarray) -> "Surface":
+        """Returns the surfaces whose losses are multiplied by exp(log_factor) [S, K]."""
+        return replace(self, E=self.E * np.exp(log_factor), a=self.a + log_factor, b=self.b + log_factor)
+
+
+class Parametrisation:
+    """A form as a model of runs: parameters [S, P] to ln L and its Jacobian.
+
+    The parameters are ln E of each floor, alpha and beta of each group of exponents, a and b of each arm.
+    """
+
+    def __init__(self, form: Form, runs: Runs):
+        self.form, self.runs = form, runs
+        self.origin = float(runs.size.mean()), float(runs.data.mean())
+        floors, groups, arms = 1 + max(form.floors), 1 + max(form.exponents), len(form.floors)
+        self.e = np.array(form.floors)
+        self.alpha = floors + np.array(form.exponents)
+        self.beta = self.alpha if form.tied else self.alpha + groups
+        first = floors + (1 if form.tied else 2) * groups
+        self.a, self.b = first + np.arange(arms), first + arms + np.arange(arms)
+        self.count = first + 2 * arms
+        lowest = np.exp(runs.loss.min())
+        self.lower, self.upper = np.full(self.count, -30.0), np.full(self.count, 15.0)
+        self.lower[:floors] = np.log(NO_FLOOR * lowest)
+        self.upper[:floors] = np.log(0.999 * lowest) if form.floored else self.lower[:floors]
+        self.lower[floors:first], self.upper[floors:first] = EXPONENTS
+
+    def __call__(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        arm, runs = self.runs.arm, self.runs
+        size, data = runs.size - self.origin[0], runs.data - self.origin[1]
+        e, a, b = (parameters[:, index[arm]] for index in (self.e, self.a, self.b))
+        terms = np.stack([e, a - parameters[:, self.alpha[arm]] * size, b - parameters[:, self.beta[arm]] * data])
+        top = terms.max(0)
+        shares = np.exp(terms - top)
+        total = shares.sum(0)
+        shares /= total
+        jacobian, row = np.zeros((*total.shape, self.count)), np.arange(len(arm))
+        for index, derivative in (
+            (self.e, shares[0]),
+            (self.alpha, -shares[1] * size),
+            (self.beta, -shares[2] * data),
+            (self.a, shares[1]),
+            (self.b, shares[2]),
+        ):
+            jacobian[:, row, index[arm]] += derivative
+        return top + np.log(total), jacobian
+
+    def starts(self) -> np.ndarray:
+        """[27, P]: three floors, three exponents of each kind, the rest of each arm's mean loss halved."""
+        runs, arms = self.runs, range(len(self.form.floors))
+        lowest, means = np.exp(runs.loss.min()), [np.exp(runs.loss[runs.arm == arm].mean()) for arm in arms]
+        starts = []
+        for fraction in (0.1, 0.5, 0.8):
+            for alpha in (0.15, 0.4, 0.9):
+                for beta in (0.15, 0.4, 0.9):
+                    start = np.zeros(self.count)
+                    start[self.e], start[self.alpha], start[self.beta] = np.log(fraction * lowest), alpha, beta
+                    start[self.a] = start[self.b] = np.log((np.array(means) - fraction * lowest) / 2)
+                    starts.append(start)
+        return np.array(starts)
+
+    def surface(self, parameters: np.ndarray) -> Surface:
+        """The constants of parameters [S, P]."""
+        e, a, b, alpha, beta = (parameters[:, index] for index in (self.e, self.a, self.b, self.alpha, self.beta))
+        return Surface(self.origin, np.exp(e), a, b, alpha, beta)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The surface of lowest error, and how far runs lie from it.
+
+    parameters: [P]. residual: ln L - ln of the surface [R]. spread: standard deviation of each arm's runs about it [K],
+    robust and for the parameters used. correlation: of residuals of one cell in different arms. misfit: of residuals of
+    one size and length in an arm, which differ by their seed alone, so that more seeds do not make this part smaller.
+    freedom: runs less parameters. no_floor: for each arm whether its floor ended at nothing [K].
+    """
+
+    model: Parametrisation
+    parameters: np.ndarray
+    residual: np.ndarray
+    spread: np.ndarray
+    correlation: float
+    misfit: float
+    freedom: int
+    no_floor: tuple[bool, ...]
+
+    @property
+    def surface(self) -> Surface:
+        """Returns it as one of S = 1."""
+        return self.model.surface(self.parameters[None])
+
+    def refit(self, loss: np.ndarray) -> Surface:
+        """Surfaces of other losses of the same runs, ln L [S, R], each begun at this one."""
+        return self.model.surface(self._solve(self.parameters, loss).parameters)
+
+    def _solve(self, start: np.ndarray, loss: np.ndarray) -> Solutions:
+        return _solve(self.model, start, loss, self.spread)
+
+    def draws(self, count: int, seed: int, shift: np.ndarray | float = 0.0) -> Surface:
+        """Surfaces of `count` sets of runs that could have been: the surface's losses with normal errors of the spread
+        found, correlated as found. The spread itself is drawn as nu / chi^2_nu, for what few runs do not know of it.
+        shift [count, R] is added to ln L."""
+        rng, runs = np.random.default_rng(seed), self.model.runs
+        places = _places(runs)
+        error = np.sqrt(max(0.0, 1 - self.correlation - self.misfit)) * rng.standard_normal((count, len(runs)))
+        for part, group in ((self.correlation, runs.cell), (self.misfit, places)):
+            numbers = np.unique(group, return_inverse=True)[1]
+            error += np.sqrt(part) * rng.standard_normal((count, numbers.max() + 1))[:, numbers]
+        freedom = max(2.0, self.freedom - self.misfit * (len(runs) - len(np.unique(places))))
+        scale = np.sqrt(freedom / rng.chisquare(freedom, (count, 1)))
+        fitted = runs.loss - self.residual
+        return self.refit(fitted + scale * self.spread[runs.arm] * error + shift)
+
+
+def fit(runs: Runs, form: Form) -> Fit:
+    """Fit a form to runs: Huber's loss of the residuals of ln L, in units of each arm's own spread, which is found with
+    it.
+
+    Raises:
+        ValueError: when there are not more runs than parameters, or an arm has fewer than four.
+    """
+    counts = np.bincount(runs.arm, minlength=len(form.floors))
+    freedom = len(runs) - form.parameters
+    if freedom < 2 or counts.min() < 4:
+        raise ValueError(
+            f"{len(runs)} runs ({', '.join(map(str, counts))} of each arm) for a surface of {form.parameters} "
+            "constants: at least two more, and four of each arm, are needed"
+        )
+    model = Parametrisation(form, runs)
+    solutions = _solve(model, model.starts(), runs.loss, np.full(len(counts), np.inf))
+    parameters = solutions.parameters[solutions.best]
+    for _ in range(ROUNDS):
+        residual = runs.loss - model(parameters[None])[0][0]
+        spread = _spread(residual, runs.arm, counts, len(runs) / freedom)
+        parameters = _solve(model, parameters, runs.loss, spread).parameters[0]
+    residual = runs.loss - model(parameters[None])[0][0]
+    spread = _spread(residual, runs.arm, counts, len(runs) / freedom)
+    no_floor = tuple(bool(x) for x in parameters[model.e] <= model.lower[model.e] + 0.1)
+    standardised = residual / spread[runs.arm]
+    correlation = _correlation(standardised, runs)
+    misfit = min(_misfit(standardised, runs), 1 - correlation)
+    return Fit(model, parameters, residual, spread, correlation, misfit, freedom, no_floor)
+
+
+def _solve(model: Parametrisation, start: np.ndarray, loss: np.ndarray, spread: np.ndarray) -> Solutions:
+    """Least squares where the spread is infinite, which is not known yet."""
+    known = bool(np.isfinite(spread).all())
+    weights = spread[model.runs.arm] ** -2.0 if known else 1.0
+    delta = ROBUST * spread[model.runs.arm] if known else np.inf
+    return levenberg_marquardt(model, start, loss, model.lower, model.upper, weights=weights, delta=delta)
+
+
+def _spread(residual: np.ndarray, arm: np.ndarray, counts: np.ndarray, per_freedom: float) -> np.ndarray:
+    """Each arm's standard deviation [K]: its root mean square with what lies far out clipped (Huber's proposal 2), not
+    below a hundredth of the largest arm's."""
+    out = np.empty(len(counts))
+    for k in range(len(counts)):
+        mine = residual[arm == k]
+        scale = max(np.median(np.abs(mine)) / 0.6745, 1e-12)
+        for _ in range(20):
+            clipped = np.clip(mine, -ROBUST * scale, ROBUST * scale)
+            scale = max(np.sqrt((clipped**2).mean() / SHRINKAGE), 1e-12)
+        out[k] = scale * np.sqrt(per_freedom)
+    return np.maximum(out, max(1e-9, 0.01 * out.max()))
+
+
+def _places(runs: Runs) -> np.ndarray:
+    """A number for each arm, size and length [R]."""
+    columns = np.stack([runs.arm, runs.size.round(6), runs.data.round(6)], axis=1)
+    return np.unique(columns, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _misfit(standardised: np.ndarray, runs: Runs) -> float:
+    """Mean product of the standardised residuals of two runs of one place over their mean square, between 0 and 1; 0
+    below four pairs."""
+    clipped, places = np.clip(standardised, -3, 3), _places(runs)
+    count, total, squares = (np.bincount(places, weights) for weights in (None, clipped, clipped**2))
+    pairs = (count * (count - 1)).sum() / 2
+    if pairs <= 3:
+        return 0.0
+    return float(np.clip((total**2 - squares).sum() / 2 / pairs / max((clipped**2).mean(), 1e-12), 0.0, 1.0))
+
+
+def _correlation(standardised: np.ndarray, runs: Runs) -> float:
+    """Mean product of two arms' standardised residuals over the cells that both have, between 0 and 0.9."""
+    products = []
+    for i in range(runs.arm.max() + 1):
+        for j in range(i):
+            mine, other = runs.arm == i, runs.arm == j
+            _, a, b = np.intersect1d(runs.cell[mine], runs.cell[other], return_indices=True)
+            products.append(np.clip(standardised[mine][a], -3, 3) * np.clip(standardised[other][b], -3, 3))
+    values = np.concatenate(products) if products else np.zeros(0)
+    return float(np.clip(np.mean(values), 0.0, 0.9)) if len(values) > 3 else 0.0

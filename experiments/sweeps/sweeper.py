@@ -1,0 +1,175 @@
+"""Runs a plan: stage by stage, only what is missing, through whatever launcher Hydra was given."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from experiments.findings import jsonable, write_json
+from experiments.harness import ledger
+from experiments.harness.assembly import open_data
+from experiments.report import report
+from experiments.scaling.analysis import analyse
+from experiments.scaling.design import Addition, Cell
+from experiments.scaling.holdout import predict
+from experiments.sweeps.adaptive import (
+    Stage,
+    chosen_rates,
+    further_rates,
+    further_sizes,
+    held_out_sizes,
+    missing_cells,
+)
+from experiments.sweeps.dry_run import describe
+from experiments.sweeps.plan import Arm, difference, make_cells, make_plan
+from experiments.sweeps.precision import further_precision, read_wish
+from experiments.sweeps.progress import Progress, estimate_seconds
+
+
+class Sweep:
+    """A plan that is carried out.
+
+    Args:
+        config: the settings, of which `sweep`, `until` and `limit` are the sweep's.
+        compose: overrides -> the config of a run, with its session but without those.
+        launch: runs configs of runs that lie in these files, numbered from `first`.
+        arguments: of the command, for the plan to say what made it.
+
+    Raises:
+        ValueError: for a plan that cannot be made, or that differs from the one in the sweep's folder.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        compose: Callable[[list[str]], DictConfig],
+        launch: Callable[[list[Path], int], None],
+        arguments: list[str],
+    ):
+        self.launch, self.launched = launch, 0
+        self.console = Console(soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 150  # a table in a file need not fit a terminal of 80
+        self.settings, run = config.sweep, compose([])
+        self.wish = read_wish(config.until, config.limit)
+        self.folder = Path(run.session.root)
+        self.ledger = self.folder / "ledger.jsonl"
+        self.console.print(f"corpus {run.data.name}: preparing, or opening what is cached")
+        data = open_data(run)
+        arms = [Arm(spec, self.settings.tokens_per_parameter, compose, data) for spec in self.settings.arms]
+        self.arms = {arm.name: arm for arm in arms}
+        arguments = [argument for argument in arguments if not argument.startswith("sweep.dry_run=")]
+        command = shlex.join(["python", "-m", "experiments.sweep", *arguments])
+        self.plan = make_plan(self.settings, arms, data, command)
+        if not self.settings.dry_run:
+            self.read_plan()
+
+    def run(self) -> None:
+        """Run what is missing, stage by stage, and write the report; or, as a dry run, print the plan."""
+        if self.settings.dry_run:
+            cells = [cell for arm in self.arms.values() for cell in make_cells(arm, self.settings)]
+            for line in describe(self.plan, self.arms, cells, ledger.read(self.ledger), self.settings.noise):
+                self.console.print(line)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "plan.json").exists():
+            write_json(self.folder / "plan.json", self.plan)
+        self.carry_out("tune", "learning rates", further_rates)
+        self.add(chosen_rates(self.plan, self.arms, ledger.read(self.ledger)))
+        self.report_untuned()
+        self.carry_out("fit", "fitted budgets", further_sizes)
+        self.sharpen()
+        self.add(held_out_sizes(self.plan, self.arms, ledger.read(self.ledger)))
+        self.predict()
+        self.run_missing("held-out budget", self.plan.select("holdout"))
+        if not self.launched:
+            count = sum(map(len, self.plan.groups))
+            self.console.print(f"nothing to train: all {count} cells of {self.folder} were finished before")
+        for line in report.write(self.folder):
+            self.console.print(line, markup=False)
+
+    def read_plan(self) -> None:
+        """Take over what was added to the plan in the folder.
+
+        Raises:
+            ValueError: when that is another plan.
+        """
+        path = self.folder / "plan.json"
+        if path.exists():
+            written = json.loads(path.read_text())
+            if changes := difference(written, jsonable(self.plan)):
+                raise ValueError(
+                    f"{path} holds another plan than this command asks for:\n  "
+                    + "\n  ".join(changes)
+                    + "\nGive the sweep another name (sweep.name=...), or go back to the settings on disk"
+                )
+            self.plan = self.plan.with_additions(written)
+
+    def add(self, addition: Addition | None) -> None:
+        """Write an addition to the plan on disk, before anything follows from it."""
+        if addition:
+            self.plan = replace(self.plan, additions=[*self.plan.additions, addition])
+            path = self.folder / "plan.json"
+            written = json.loads(path.read_text())
+            write_json(path, written | {"additions": [*written["additions"], addition]})
+            self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
+
+    def carry_out(self, kind: str, title: str, further: Stage) -> None:
+        """Run the planned cells of a kind, and then what a stage adds to them until it adds nothing."""
+        while True:
+            self.run_missing(title, self.plan.select(kind))
+            addition = further(self.plan, self.arms, ledger.read(self.ledger))
+            if addition is None:
+                return
+            self.add(addition)
+
+    def sharpen(self) -> None:
+        """Add runs until the multiplier is known as well as was asked, if anything was."""
+        while self.wish:
+            rows = ledger.read(self.ledger)
+            found = analyse(rows, self.plan.design, None, self.folder).comparisons
+            seconds = estimate_seconds(self.arms, self.plan.select("fit"), rows)
+            addition = further_precision(self.plan, self.arms, rows, self.wish, found, seconds)
+            if not addition.cells:
+                self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
+                return
+            self.add(addition)
+            self.run_missing("more precision", self.plan.select("fit"))
+
+    def run_missing(self, title: str, cells: list[Cell]) -> None:
+        """Launch those cells that have no result yet."""
+        missing = missing_cells(self.plan, self.arms, ledger.read(self.ledger), cells)
+        if not missing:
+            return
+        files = {}
+        for cell_id, cell in missing.items():
+            folder = self.folder / "cells" / cell_id
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "running").unlink(missing_ok=True)  # left behind by a sweep that was killed
+            files[cell_id] = folder / "cell.yaml"
+            OmegaConf.save(self.arms[cell.arm].configure(cell), files[cell_id], resolve=True)
+        with Progress(self.console, title, self.folder, missing, done=len(cells) - len(missing)):
+            # The dearest first, so that no worker is left alone with a long run at the end.
+            order = sorted(missing, key=lambda cell_id: -missing[cell_id].flops)
+            self.launch([files[cell_id] for cell_id in order], self.launched)
+            self.launched += len(order)
+
+    def report_untuned(self) -> None:
+        """Print which arms keep the learning rate of their config though tuning was asked for."""
+        for name in self.plan.arms if self.plan.settings["tuning"] else ():
+            if name not in self.plan.rates:
+                rate = self.arms[name].config.optim.learning_rate
+                self.console.print(
+                    f"learning rates: no tuning run of {name} succeeded, so the untuned {rate:g} is used"
+                )
+
+    def predict(self) -> None:
+        """Write what the fitted budgets say of the held-out one, once, before any of its runs starts."""
+        path = self.folder / "prediction.json"
+        if self.plan.holdout_budget and not path.exists():
+            write_json(path, predict(ledger.read(self.ledger), self.plan.design, time.strftime("%FT%T%z")))
