@@ -66,7 +66,7 @@ def power_sentence(analysis: Analysis) -> str | None:
     told = [f"{number(c.power.told_apart)} for {c.arm}" for c in analysis.comparisons if c.power]
     if not told:
         return None
-    return f"In 80 % of repetitions a compute multiplier, or its inverse, of {listed(told)}."
+    return f"In 80 % of repetitions this design tells from 1 a multiplier (or its inverse) of {listed(told)}."
 
 
 def error_sentence(analysis: Analysis) -> str | None:
