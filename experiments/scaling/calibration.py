@@ -11,8 +11,8 @@ from experiments.findings import Refused
 from experiments.harness import ledger
 from experiments.scaling.compare import outcome_of
 from experiments.scaling.design import Corpus, Design
-from experiments.scaling.holdout import alternatives, best_of
-from experiments.scaling.joint import Joint, estimated, join
+from experiments.scaling.holdout import Alternative, alternatives, best_of
+from experiments.scaling.joint import FEW, estimated, join
 
 ARMS = ("reference", "new")
 BEYOND = (4, 16)  # predictions are made at these multiples of the largest budget
@@ -103,7 +103,7 @@ def repetition(case: Case, seed: int) -> dict[str, float]:
     """What is said of one set of runs: outcomes, whether each interval holds the truth, and how wide it is."""
     rng = np.random.default_rng(seed)
     rows, design = plant((case.reference, case.new), case.grid, case.noise, rng), case.grid.design
-    joint, own = join(rows, design, {}), join(rows, design, {}, own_floors=True)
+    joint, own = join(rows, design, {}), join(rows, design, {}, own_floors=True, draws=FEW)
     if isinstance(joint, Refused) or isinstance(own, Refused):
         raise ValueError(f"a planted sweep cannot be fitted: {joint if isinstance(joint, Refused) else own}")
     first, last = math.log(case.grid.budgets[0]), math.log(case.grid.budgets[-1])
@@ -130,19 +130,22 @@ def repetition(case: Case, seed: int) -> dict[str, float]:
         "floor": case.new.E - case.reference.E in floor,
         "exponent of N*": case.new.beta / (case.new.alpha + case.new.beta) in exponent,
     }
+    candidates = alternatives(joint.fit)
     for factor in BEYOND:
-        held, width = _prediction(case, joint, factor, rng)
+        held, width = _prediction(case, candidates, factor, rng)
         said |= {f"prediction at {factor}x": held, f"its width over the gain, {factor}x": width}
     return {name: float(value) for name, value in said.items()}
 
 
-def _prediction(case: Case, joint: Joint, factor: float, rng: np.random.Generator) -> tuple[bool, float]:
+def _prediction(
+    case: Case, candidates: list[Alternative], factor: float, rng: np.random.Generator
+) -> tuple[bool, float]:
     """Whether the best of three runs at a larger budget comes within what is predicted of the new arm, and the width of
     that as a fraction of what the larger budget gains."""
     budget = factor * case.grid.budgets[-1]
     params = replace(case.grid, sizes=3, span=2.0).params(budget)
     tokens = budget / 6 / params
-    said = best_of(alternatives(joint.fit), 1, np.log(params), np.log(tokens))
+    said = best_of(candidates, 1, np.log(params), np.log(tokens))
     outcome = float(np.min(case.new.loss(params, tokens) * np.exp(case.noise * rng.standard_normal(3))))
     gain = case.new.frontier(case.grid.budgets[-1]) - case.new.frontier(budget)
     return outcome in said, (said.high - said.low) / gain

@@ -24,12 +24,14 @@ def cost_ratios(joint: Joint, arm: int, reference: int, log_flops: float) -> tup
     """What the reference pays over what the arm pays for the loss that the arm reaches at C, each at its own best size
     for that cost; the costs that the ledger has."""
     draws = _few(joint.draws)
+    if not np.isfinite(joint.fit.surface.log_multiplier(arm, reference, log_flops)).all():
+        return ()  # the reference does not come down to that loss at any cost
     surfaces, pair = (joint.fit.surface, draws), (arm, reference)
     served = math.log(SERVED) + float(joint.fit.surface.optimum(reference, log_flops)[1][0])
 
     def lifetime(size: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """ln of what is left for training when each served token costs a third of one that is trained on."""
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             return np.log(np.maximum(np.exp(cost - size - math.log(6)) - math.exp(served) / 3, 0.0))
 
     ratios = []
@@ -107,7 +109,7 @@ def _lowest(surface: Surface, arm: int, tokens: Tokens, cost: np.ndarray, centre
     data = tokens(size[None], cost[:, None])
     x, y = size[None] - surface.origin[0], data - surface.origin[1]
     e, a, b, alpha, beta = (v[:, arm, None] for v in (surface.E, surface.a, surface.b, surface.alpha, surface.beta))
-    return (e + np.exp(a - alpha * x) + np.exp(np.minimum(b - beta * y, 50.0))).min(1)
+    return (e + np.exp(np.minimum(a - alpha * x, 50.0)) + np.exp(np.minimum(b - beta * y, 50.0))).min(1)
 
 
 def _bytes_ratio(
@@ -116,14 +118,15 @@ def _bytes_ratio(
     pair: tuple[int, int],
     laws: tuple[np.ndarray, np.ndarray],
     log_flops: float,
-) -> CostRatio | None:
+) -> CostRatio:
     """Bytes of the reference's model over those of the arm's, where both are optimal in FLOPs and equal in loss."""
     logs = []
     for surface in surfaces:
         compute = surface.flops_for(pair[1], surface.frontier(pair[0], log_flops))
-        mine, other = surface.optimum(pair[0], log_flops)[0], surface.optimum(pair[1], compute)[0]
-        logs.append(np.polyval(laws[1], other) - np.polyval(laws[0], mine))
-    if not np.isfinite(logs[0]).all():
-        return None
+        meets = np.isfinite(compute)
+        mine, other = (
+            surface.optimum(arm, np.where(meets, c, 0.0))[0] for arm, c in zip(pair, (log_flops, compute), strict=True)
+        )
+        logs.append(np.where(meets, np.polyval(laws[1], other) - np.polyval(laws[0], mine), np.inf))
     size = float(surfaces[0].optimum(pair[0], log_flops)[0][0])
     return CostRatio(cost, float(np.exp(np.polyval(laws[0], size))), estimated(*logs).map(np.exp))

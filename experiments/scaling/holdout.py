@@ -21,7 +21,7 @@ from experiments.scaling.results import (
     PredictionRecord,
     read_prediction,
 )
-from experiments.scaling.surface import Fit, Form, Runs, fit
+from experiments.scaling.surface import Fit, Form, Runs, Surface, fit
 
 WORSE = 3.0  # error of a form at the largest budget over that of the best, up to which it is used
 SAME_BUDGET = 0.3  # in ln C
@@ -29,12 +29,13 @@ SAME_BUDGET = 0.3  # in ln C
 
 class Alternative(NamedTuple):
     """A form of the surface, its error where the largest budget was left out (None where that cannot be), and whether
-    predictions use it; its fit then."""
+    predictions use it; its spread by arm [K] and draws then."""
 
     name: str
     error: float | None
     used: bool
-    fit: Fit
+    spread: np.ndarray
+    draws: Surface | None
 
 
 def predict(rows: pd.DataFrame, design: Design, written: str) -> Prediction:
@@ -50,7 +51,7 @@ def predict(rows: pd.DataFrame, design: Design, written: str) -> Prediction:
         return Prediction(written, design.holdout_budget, dict.fromkeys(design.arms, joint), ())
     candidates = alternatives(joint.fit)
     arms = {arm: _forecast(joint, candidates, arm, design) for arm in design.arms}
-    scores = tuple(FormScore(name, error, used) for name, error, used, _ in candidates)
+    scores = tuple(FormScore(form.name, form.error, form.used) for form in candidates)
     return Prediction(written, design.holdout_budget, arms, scores)
 
 
@@ -91,14 +92,14 @@ def alternatives(fitted: Fit) -> list[Alternative]:
     worst = WORSE * min(known) if known else math.inf
     found = []
     for name, other in forms.items():
-        error, used = errors[name], other == form or not known or (errors[name] or math.inf) <= worst
-        if not used or other == form:
-            found.append(Alternative(name, error, used, fitted))
-            continue
-        try:
-            found.append(Alternative(name, error, True, fit(runs, other)))
-        except ValueError:
-            continue
+        error, mine = errors[name], fitted if other == form else None
+        if mine is None and (not known or (error or math.inf) <= worst):
+            try:
+                mine = fit(runs, other)
+            except ValueError:
+                error = None
+        draws = None if mine is None else mine.draws(DRAWS, seed=2)
+        found.append(Alternative(name, error, mine is not None, (mine or fitted).spread, draws))
     return found
 
 
@@ -123,10 +124,9 @@ def best_of(candidates: list[Alternative], arm: int, size: np.ndarray, data: np.
     did. They are scored on the same held-out text and tuned the same way, so of those errors there is none."""
     rng, medians, ends = np.random.default_rng(3), [], []
     for candidate in candidates:
-        if candidate.used:
-            scatter = candidate.fit.spread[arm] * rng.standard_normal((DRAWS, len(size)))
-            losses = candidate.fit.draws(DRAWS, seed=2).loss(arm, size, data)
-            lowest = (losses * np.exp(scatter)).min(1)
+        if candidate.draws is not None:
+            scatter = candidate.spread[arm] * rng.standard_normal((DRAWS, len(size)))
+            lowest = (candidate.draws.loss(arm, size, data) * np.exp(scatter)).min(1)
             medians.append(np.median(lowest))
             ends.append(np.quantile(lowest, QUANTILES))
     low, high = np.array(ends).T
@@ -141,7 +141,7 @@ def outcome(rows: pd.DataFrame, design: Design, forecast: Forecast | Refused | N
     value = float(best.bits_per_byte)
     predicted = forecast.bits_per_byte if isinstance(forecast, Forecast) else None
     inside = None if predicted is None else value in predicted
-    how = f"the best of {len(rows)} runs"
+    how = "the only run" if len(rows) == 1 else f"the best of {len(rows)} runs"
     return HeldOut(design.holdout_budget, value, float(best.params_total), how, predicted, inside)
 
 

@@ -54,8 +54,19 @@ class RateOptimum:
 
     def excess(self, log_flops: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
         """What runs of these budgets [R] lose in ln(bits per byte) by the error of the chosen rate [draws, R], never
-        below zero. Between budgets that were tuned the optimum follows a line in ln C, beyond them it stays."""
-        vertices = rng.multivariate_normal(self.x, self.covariance, draws)
+        below zero. Between budgets that were tuned the optimum follows a line in ln C, beyond them it stays.
+
+        The optima of the budgets are one, which the rule of transfer says, but for what they differ by beyond their own
+        errors: a model of random effects, its variance by DerSimonian and Laird (1986)."""
+        errors = np.diag(self.covariance)
+        weights = 1 / errors
+        apart = float(weights @ (self.x - self.chosen) ** 2) - (len(self.x) - 1)
+        scale = weights.sum() - (weights**2).sum() / weights.sum()
+        between = max(0.0, apart / scale) if len(self.x) > 1 else 0.0
+        kept = between / (between + errors)  # of a budget's own vertex; the rest is the common one's
+        common = rng.normal(self.chosen, math.sqrt(1 / (1 / (errors + between)).sum()), (draws, 1))
+        own = rng.standard_normal((draws, len(self.x))) * np.sqrt(kept * errors)
+        vertices = common + kept * (self.x - common) + own
         order = np.argsort(self.budgets)
         optimum = np.array([np.interp(log_flops, self.budgets[order], vertex[order]) for vertex in vertices])
         return self.curvature * (optimum - self.chosen) ** 2
