@@ -1,7 +1,7 @@
 """Scaling laws fitted to a table of runs, ours or anyone's, in every way there is, and how far these agree."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import combinations
 
@@ -50,6 +50,7 @@ from experiments.fits.parametric import FitRefused, Method, Problem, bootstrap, 
 from experiments.fits.runs import APART, Columns, group_budgets, select_runs
 
 MIN_BUDGETS = 3
+OURS = "budget_flops"  # the column of nominal budgets in a sweep's ledger
 PINNED = (0.0, 0.25, 0.5, 0.75)  # assumed irreducible losses, as fractions of the lowest loss
 INTERVALS = (
     "95 %: of minima percentiles of resampled runs or a t(K-1) jackknife over the K budgets, the wider; of surfaces "
@@ -291,6 +292,8 @@ def fit_runs(
     missing = [name for name in form.columns[2:] if name not in columns.named()]
     if missing:
         raise ValueError(f"form={form.name} needs {' and '.join(f'columns.{name}=...' for name in missing)}")
+    if columns.budget is None and OURS in table.columns:
+        columns = replace(columns, budget=OURS)
     selection = select_runs(table, columns, settings.filter, settings.drop_highest)
 
     def curves_of(arm: str) -> pd.DataFrame | None:

@@ -87,7 +87,7 @@ def design_of(rows: pd.DataFrame, reference: str | None) -> Design:
         budgets=budgets,
         centre=float(np.log(budgets).mean()),
         holdout_budget=None,
-        cells=len(fitted),
+        cells=len(rows),
         corpus=Corpus("", "", 0, 0),
         commands=(),
         holdout_cells={},

@@ -71,6 +71,12 @@ def test_the_laws_of_a_noise_free_table_are_found_in_every_way():
         assert line.isoflop == pytest.approx(TRUE.a, abs=2e-3)
 
 
+def test_the_budgets_of_a_sweeps_ledger_are_those_that_it_names():
+    few = table(sizes=4)  # below the runs by which a budget is found in the FLOPs
+    assert fit_one(few).budgets == ()
+    assert len(fit_one(few.assign(budget_flops=few.C)).budgets) == 5
+
+
 @pytest.mark.thorough
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 1000), unit=st.sampled_from([1e-6, 1e6]))

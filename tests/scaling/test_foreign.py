@@ -48,7 +48,8 @@ def test_a_table_of_somebody_elses_has_a_verdict(run, theirs, tmp_path):
 @pytest.mark.thorough
 def test_a_sweeps_ledger_needs_no_columns(run, make_sweep, tmp_path):
     folder = make_sweep({"a": {}, "b": {"multiplier": 2.0}}, noise=0.003).write(tmp_path / "sweep")
-    assert "b against a: better" in run(compare, f"ledger={folder / 'ledger.jsonl'}")
+    said = run(compare, f"ledger={folder / 'ledger.jsonl'}")
+    assert "b against a: better" in said and "missing" not in said
     assert "a against b: worse" in run(compare, f"ledger={folder / 'ledger.jsonl'}", "ref=b")
 
 
