@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Kind(Enum):
-    """What an objective asks for and a mixer can or cannot do."""
+    """Names what an objective asks for, and a mixer can or cannot do."""
 
     CAUSAL = "causal"
     BIDIRECTIONAL = "bidirectional"

@@ -1,23 +1,22 @@
-"""How often verdicts and intervals are right, on planted laws: python -m experiments.calibration repetitions=200"""
+"""Count how often verdicts are right, on planted laws: python -m experiments.calibration repetitions=200"""
 
 from pathlib import Path
-from typing import Any
 
 import hydra
 import pandas as pd
 from joblib import Parallel, delayed
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments import CONFIGS, stop
+from experiments import CONFIGS
 from experiments.findings import check_writable
 from experiments.scaling.calibration import Case, PlantedLaw, repetition, summary
+from experiments.terminal import console, given, stop
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="calibration")
 def main(config: DictConfig) -> None:
-    c: Any = OmegaConf.to_container(config, resolve=True)
+    c = given(config)
     if c["repetitions"] < 1:
         stop(f"repetitions={c['repetitions']} must be at least 1")
     out = Path(c["out"])
@@ -37,11 +36,9 @@ def main(config: DictConfig) -> None:
     shown = Table(*table.columns, title=f"{c['repetitions']} repetitions of each")
     for row in table.itertuples(index=False):
         shown.add_row(*(x if isinstance(x, str) else f"{x:.3g}" for x in row))
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 230
-    console.print(shown)
-    console.print(f"written to {out}", markup=False)
+    screen = console(width=230)
+    screen.print(shown)
+    screen.print(f"written to {out}", markup=False)
 
 
 if __name__ == "__main__":

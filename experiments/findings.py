@@ -50,6 +50,13 @@ class Estimate:
         """Returns the interval alone, as "[0.96, 1.7]"."""
         return f"[{self.low:{specification or '.3g'}}, {self.high:{specification or '.3g'}}]"
 
+    @classmethod
+    def of_draws(cls, value: float, draws: np.ndarray) -> "Estimate":
+        """Returns the number with the 95 % interval of its draws, some of which may be infinite, moved only as far as
+        needed to contain it."""
+        low, high = np.quantile(draws, QUANTILES, method="inverted_cdf")
+        return cls(value, min(float(low), value), max(float(high), value))
+
     def map(self, increasing: Callable[[float], float]) -> "Estimate":
         """Returns the estimate of an increasing function of the number, such as its exponential."""
         return Estimate(*(float(increasing(x)) for x in (self.value, self.low, self.high)))

@@ -9,15 +9,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments import CONFIGS, stop
+from experiments import CONFIGS
 from experiments.findings import Estimate, Refused, check_writable, jsonable, write_json
 from experiments.fits.fit import fit_runs
 from experiments.fits.fit_results import (
@@ -34,6 +32,7 @@ from experiments.fits.fit_results import (
     SurfaceFits,
 )
 from experiments.fits.runs import Columns, read_runs
+from experiments.terminal import console, given, stop
 
 REASONS = 5  # the commonest, for which rows are refused, that are printed
 
@@ -147,25 +146,21 @@ def print_arm(console: Console, fit: ArmFit) -> None:
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="fit")
 def main(config: DictConfig) -> None:
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 150
+    screen = console()
     try:
-        c: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        c = given(config)
         table, out, columns = Path(c.pop("runs")), Path(c.pop("out")), Columns(**c.pop("columns"))
         settings = Settings(**c | {"sensitivity": tuple(c["sensitivity"])})
         check_writable(out)
-        result = fit_runs(read_runs(table), columns, settings, report=console.print)
+        result = fit_runs(read_runs(table), columns, settings, report=screen.print)
         command = shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])
         write_json(out, jsonable(result) | {"command": command})
-    except MissingMandatoryValue as error:
-        stop(f"{error.full_key or error} must be given, as {error.full_key or 'name'}=...")
     except ValueError as error:
         stop(error)
     except OSError as error:
         stop(f"out={config.out} cannot be written: {error}")
-    print_result(console, result)
-    console.print(f"written to {out}", markup=False)
+    print_result(screen, result)
+    screen.print(f"written to {out}", markup=False)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
-from experiments import CONFIGS, stop
+from experiments import CONFIGS
 from experiments.scaling.holdout import scores
+from experiments.terminal import console, stop
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="score")
@@ -20,19 +20,15 @@ def main(config: DictConfig) -> None:
         found = scores(root)
     except ValueError as error:
         stop(error)
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 150
+    screen = console()
     table = Table("sweep", "arm", "budget", "written", "predicted", "95 % interval", "outcome", "inside")
     for row in found.itertuples():
         numbers = f"{row.predicted:.4g}", f"[{row.low:.4g}, {row.high:.4g}]", f"{row.outcome:.4g}"
         names = str(row.sweep), str(row.arm), f"{row.budget:.3g}", str(row.written)
         table.add_row(*names, *numbers, "yes" if row.inside else "no")
-    console.print(table)
+    screen.print(table)
     inside = int(found.inside.sum())
-    console.print(
-        f"{inside} of {len(found)} predictions held; 95 % intervals should hold about {0.95 * len(found):.1f}"
-    )
+    screen.print(f"{inside} of {len(found)} predictions held; 95 % intervals should hold about {0.95 * len(found):.1f}")
 
 
 if __name__ == "__main__":

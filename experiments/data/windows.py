@@ -1,4 +1,4 @@
-"""Which tokens a training step and an evaluation see: functions of the data and the seed alone.
+"""The windows of tokens that a training step and an evaluation see: functions of the data and the seed alone.
 
 Shape letters: B windows of a batch, N windows in all, T tokens.
 """

@@ -18,10 +18,10 @@ MIN_SIZES = 4  # on the envelope: one can be left out and a line still be more t
 
 
 def trace_envelope(curves: pd.DataFrame) -> pd.DataFrame:
-    """Where some run is the best: columns flops, params and tokens, one row per point of compute.
+    """Returns where some run is the best: columns flops, params and tokens, one row per point of compute.
 
-    curves: columns run, flops, params, tokens and loss, a row per point of a learning curve. Losses are interpolated in
-    ln L against ln C. A point is left out where the best of the sizes that got there is the smallest or the largest.
+    curves: columns run, flops, params, tokens and loss, one row per point of a learning curve. Losses are interpolated
+    in ln L against ln C. A point is left out where the best of the sizes that got there is the smallest or the largest.
     """
     runs = [curve.sort_values("flops") for _, curve in curves.groupby("run") if len(curve) > 1]
     empty = pd.DataFrame({"flops": [], "params": [], "tokens": []})

@@ -11,7 +11,7 @@ from experiments.fits.runs import Columns, RefusedRow
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, beside the columns.
+    """The settings of a fit, beside the columns.
 
     Raises:
         ValueError: for a form that there is none of, or a number that means nothing.

@@ -9,6 +9,7 @@ Shape letters: S problems (starts or resampled data sets), R runs, P parameters,
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -20,6 +21,17 @@ EXPONENTS = (0.02, 3.0)  # outside of these an exponent is taken for a failed fi
 INTERACTIONS = (-2.0, 2.0)
 DECAYS = (np.log(0.01), np.log(1e4))  # ln R*: repeats are worth nothing, repeats are as good as new
 NEGLIGIBLE = 1e-5  # a term that is nowhere a larger fraction of the loss than this is taken for absent
+STARTS = tuple(product((0.1, 0.5, 0.8), (0.15, 0.4, 0.9), (0.15, 0.4, 0.9)))  # E over the lowest loss, alpha, beta
+
+
+def summed(terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the fraction of the sum that each of the exp(terms) makes up [K, ...], in the place of the terms, and ln
+    of the sum [...]."""
+    top = terms.max(0)
+    np.exp(terms - top, out=terms)
+    total = terms.sum(0)
+    terms /= total
+    return terms, top + np.log(total)
 
 
 @dataclass(frozen=True)
@@ -79,15 +91,11 @@ class Form(ABC):
 
     def _shares(self, theta: np.ndarray, terms: tuple[Term, ...], runs: int) -> tuple[np.ndarray, np.ndarray]:
         column = {name: theta[:, i, None] for i, name in enumerate(self.parameters)}
-        shares = np.zeros((len(terms), len(theta), runs))
-        for share, term in zip(shares, terms, strict=True):
+        logs = np.zeros((len(terms), len(theta), runs))
+        for log, term in zip(logs, terms, strict=True):
             for name, covariate in term.items():
-                share += column[name] * covariate
-        top = shares.max(0)
-        np.exp(shares - top, out=shares)
-        total = shares.sum(0)
-        shares /= total
-        return shares, top + np.log(total)
+                log += column[name] * covariate
+        return summed(logs)
 
     def _sum(self, theta: np.ndarray, terms: tuple[Term, ...], runs: int) -> tuple[np.ndarray, np.ndarray]:
         shares, values = self._shares(theta, terms, runs)
@@ -117,13 +125,11 @@ class Form(ABC):
         and data; nothing else at work, repeats worth ten times the data."""
         lowest, mean = np.exp(log_loss.min()), np.exp(log_loss.mean())
         starts = []
-        for floor in (0.1, 0.5, 0.8):
+        for floor, alpha, beta in STARTS:
             half = np.log((mean - floor * lowest) / 2)
-            for alpha in (0.15, 0.4, 0.9):
-                for beta in (0.15, 0.4, 0.9):
-                    start = {"A": half, "B": half, "E": np.log(floor * lowest), "alpha": alpha, "beta": beta}
-                    start |= {"R_N": np.log(10), "R_D": np.log(10)}
-                    starts.append([start.get(name, 0.0) for name in self.parameters])
+            start = {"A": half, "B": half, "E": np.log(floor * lowest), "alpha": alpha, "beta": beta}
+            start |= {"R_N": np.log(10), "R_D": np.log(10)}
+            starts.append([start.get(name, 0.0) for name in self.parameters])
         return np.unique(np.array(starts), axis=0)
 
     def constants(self, theta: np.ndarray, units: Mapping[str, float]) -> dict[str, np.ndarray]:

@@ -261,15 +261,13 @@ def estimate(value: float, draws: np.ndarray, left_out: np.ndarray) -> Estimate:
     there is no interval: its ends are nan."""
     if not len(draws):
         return Estimate(value, np.nan, np.nan)
-    low, high = np.quantile(draws, QUANTILES)
-    k = len(left_out)
+    drawn, k = Estimate.of_draws(value, draws), len(left_out)
     if k >= 3:
         error = np.sqrt((k - 1) / k * np.sum((left_out - left_out.mean()) ** 2))
         half = student.ppf(QUANTILES[1], k - 1) * error
-        if 2 * half > high - low:
+        if 2 * half > drawn.high - drawn.low:
             return Estimate(value, float(value - half), float(value + half))
-    # The draws are moved to the estimate's place only as far as needed for the interval to contain it.
-    return Estimate(value, float(min(low, value)), float(max(high, value)))
+    return drawn
 
 
 def line_weights(flops: np.ndarray, log_y: np.ndarray, errors: np.ndarray) -> np.ndarray:

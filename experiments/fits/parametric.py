@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize, nnls
 
-from experiments.findings import QUANTILES, Estimate
+from experiments.findings import Estimate
 from experiments.fits.forms import EXPONENTS, NEGLIGIBLE, A, B, Chinchilla, E, Form, Logs, Surface
 from experiments.fits.least_squares import Solutions, levenberg_marquardt
 
@@ -93,7 +93,7 @@ class Problem:
         )
 
     def resting(self, theta: np.ndarray) -> np.ndarray:
-        """Whether parameters [S, P] are at a bound, [S, P]; a coefficient also where its term contributes nothing."""
+        """Returns whether parameters [S, P] are at a bound, [S, P]; a coefficient also where its term adds nothing."""
         lower, upper = self.bounds
         margin = 1e-3 * (upper - lower)
         at = (theta <= lower + margin) | (theta >= upper - margin)
@@ -244,9 +244,6 @@ def bootstrap(
     each = (dict(zip(sets, values, strict=True)) for values in zip(*sets.values(), strict=True))
     a = np.array([problem.form.surface(constants, problem.logs).a for constants in each])
 
-    def estimate(value: float, values: np.ndarray) -> Estimate:
-        low, high = (float(end) for end in np.quantile(values, QUANTILES))
-        return Estimate(value, min(low, value), max(high, value))
-
-    estimates = {name: estimate(value, sets[name]) for name, value in fitted.constants.items()}
-    return Bootstrap(draws, refused, estimates | {"a": estimate(fitted.surface.a, a)}, float(a.std(ddof=1)))
+    estimates = {name: Estimate.of_draws(value, sets[name]) for name, value in fitted.constants.items()}
+    estimates["a"] = Estimate.of_draws(fitted.surface.a, a)
+    return Bootstrap(draws, refused, estimates, float(a.std(ddof=1)))

@@ -35,7 +35,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run will be, known before anything is trained."""
+    """The costs and tokens of a run, known before anything is trained."""
 
     measured: Measured
     allocation: Allocation

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormat
 from scipy.optimize import isotonic_regression
 
 from experiments.findings import Estimate, count, number
+from experiments.scaling.arm_runs import finished, lowest_by_budget
 from experiments.scaling.results import Analysis, ArmResult, Law, Minimum, Point
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers carry the same information.
@@ -64,16 +65,6 @@ def loss_label(arms: Iterable[ArmResult]) -> str:
     return "bits per byte (upper bound)" if {arm.bound for arm in arms} == {True} else "bits per byte"
 
 
-def runs_of(rows: pd.DataFrame, arm: str, *kinds: str) -> pd.DataFrame:
-    """An arm's finished runs of some kinds: tune, fit, holdout."""
-    return rows[(rows.status == "done") & (rows.arm == arm) & rows.kind.isin(kinds)]
-
-
-def best_by_budget(runs: pd.DataFrame) -> pd.DataFrame:
-    """The lowest run of each budget."""
-    return runs.loc[runs.groupby("budget_flops").bits_per_byte.idxmin()]
-
-
 @rc_context(STYLE)
 def frontier(rows: pd.DataFrame, analysis: Analysis) -> Figure:
     """Bits per byte against FLOPs: each arm's law with its band, the best run of each budget, and at the held-out
@@ -83,7 +74,7 @@ def frontier(rows: pd.DataFrame, analysis: Analysis) -> Figure:
     arms = list(analysis.arms.values())
     for i, arm in enumerate(arms):
         style = look(analysis, arm)
-        best = best_by_budget(runs_of(rows, arm.name, "fit"))
+        best = lowest_by_budget(finished(rows, arm.name, "fit"))
         scatter_runs(axes, best, "budget_flops", s=30, **style)
         heights = list(best.bits_per_byte)
         if isinstance(arm.law, Law):
@@ -94,7 +85,7 @@ def frontier(rows: pd.DataFrame, analysis: Analysis) -> Figure:
             if held.predicted:
                 error_bar(axes, x, held.predicted, style["color"])
             axes.plot(x, held.bits_per_byte, ls="", ms=7, mfc=PAPER, mew=1.6, zorder=4, **style)
-            outcome = best_by_budget(runs_of(rows, arm.name, "holdout"))
+            outcome = lowest_by_budget(finished(rows, arm.name, "holdout"))
             scatter_runs(axes, outcome.assign(budget_flops=x), "budget_flops", s=60, alpha=0, zorder=5, **style)
             heights.append(held.bits_per_byte)
         if heights:
@@ -142,7 +133,7 @@ def isoflop(rows: pd.DataFrame, analysis: Analysis, names: Sequence[str] | None 
     figure, panels = panels_for(arms, 3.5)
     for axes, arm in zip(panels, arms, strict=True):
         style = look(analysis, arm)
-        runs = runs_of(rows, arm.name, "fit", "holdout")
+        runs = finished(rows, arm.name, "fit", "holdout")
         if isinstance(arm.law, Law):
             for curve in arm.law.curves:
                 band(axes, curve.points, style["color"])
@@ -186,7 +177,7 @@ def tuning(rows: pd.DataFrame, analysis: Analysis, names: Sequence[str] | None =
                     axes.axvspan(curve.optimum.low, curve.optimum.high, color=style["color"], alpha=0.1, lw=0)
                 name = f"{count(curve.params)} at\n{number(curve.budget, 2)}\nFLOPs"
                 ends.append((curve.bits_per_byte[-1], name, None))
-        scatter_runs(axes, runs_of(rows, arm.name, "tune"), "learning_rate", s=26, zorder=3, **style)
+        scatter_runs(axes, finished(rows, arm.name, "tune"), "learning_rate", s=26, zorder=3, **style)
         diverged = rows[(rows.kind == "tune") & (rows.arm == arm.name) & (rows.status == "diverged")].learning_rate
         axes.plot(diverged, [0.97] * len(diverged), "x", color=INK, transform=axes.get_xaxis_transform())
         axes.set(xscale="log", yscale="log", xlabel="learning rate at the base width", ylabel=loss_label([arm]))

@@ -8,6 +8,7 @@ import pandas as pd
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.findings import count
+from experiments.scaling.arm_runs import lowest_by_budget
 
 UNIT = 1e6  # FLOPs of a step
 TAG = "sweep/bits per byte, step = 1e6 FLOPs"
@@ -21,7 +22,7 @@ def write(folder: Path, rows: pd.DataFrame) -> None:
     for (arm, size), runs in done.groupby(["arm", done.params_total.map(count)]):
         _curve(folder, f"{arm}, {size} parameters", runs.groupby("flops").bits_per_byte.mean())
     for arm, runs in done.groupby("arm"):
-        lowest = runs.loc[runs.groupby("budget_flops").bits_per_byte.idxmin()]
+        lowest = lowest_by_budget(runs)
         _curve(folder, f"{arm}, lowest", lowest.groupby("flops").bits_per_byte.min())
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.findings import Refused
-from experiments.findings import number as written
+from experiments.findings import Refused, number
 from experiments.fits.isoflop import Curve, Flat, NoMinimum
 from experiments.scaling import holdout, tuning
+from experiments.scaling.arm_runs import budget_curves, finished, lowest_by_budget
 from experiments.scaling.compare import compare_arms, paired_difference
 from experiments.scaling.design import Design
-from experiments.scaling.frontier import budget_curves, finished
-from experiments.scaling.joint import FEW, Joint, estimated, join, runs_of, seed_spread, sharing
+from experiments.scaling.joint import FEW, Joint, estimated, join, seed_spread
 from experiments.scaling.results import (
     Analysis,
     ArmResult,
@@ -29,7 +28,6 @@ from experiments.scaling.results import (
     Prediction,
     RefusedMinimum,
 )
-from experiments.scaling.surface import fit
 
 STEPS = 40  # points of a curve that is drawn
 LARGE = 2.0  # spread of runs over that of seeds from which the surface is said to miss something
@@ -67,15 +65,14 @@ def _relative(rows: pd.DataFrame, design: Design, arm: str, difference: PairedDi
     """The standard error of a paired difference as a fraction of the arm's loss."""
     if difference is None:
         return None
-    fit_rows = finished(rows, "fit", arm)
-    return difference.standard_error / float(fit_rows.bits_per_byte.astype(float).min())
+    return difference.standard_error / float(finished(rows, arm, "fit").bits_per_byte.astype(float).min())
 
 
 def arm_result(
     rows: pd.DataFrame, design: Design, arm: str, joint: Joint | Refused, prediction: Prediction | None
 ) -> ArmResult:
     """One arm: its minima, its part of the surface, what it costs beside FLOPs, its tuning and its held-out outcome."""
-    runs = finished(rows, "fit", arm)
+    runs = finished(rows, arm, "fit")
     minima = tuple(describe_curve(curve) for curve in budget_curves(runs, design.budgets))
     law = describe_law(joint, arm, design)
     spread = None if isinstance(law, Refused) else law.spread
@@ -88,7 +85,7 @@ def arm_result(
         law=law,
         tuning=tuned,
         best=best_run(runs),
-        holdout=holdout.outcome(finished(rows, "holdout", arm), design, forecast),
+        holdout=holdout.outcome(finished(rows, arm, "holdout"), design, forecast),
         warnings=(*warnings, *_law_warnings(law, minima)),
     )
 
@@ -96,7 +93,7 @@ def arm_result(
 def _law_warnings(law: Law | Refused, minima: Sequence[Minimum | RefusedMinimum]) -> list[str]:
     """What to be wary of in an arm's surface, each with its consequence."""
     warnings = [
-        f"at {written(m.budget)} FLOPs there is no minimum among the sizes tried ({m.refused}): there the frontier "
+        f"at {number(m.budget)} FLOPs there is no minimum among the sizes tried ({m.refused}): there the frontier "
         "stands on the surface's form alone"
         for m in minima
         if isinstance(m, RefusedMinimum)
@@ -127,48 +124,38 @@ def describe_law(joint: Joint | Refused, arm: str, design: Design) -> Law | Refu
     """An arm's part of the surface, or the reason why there is none."""
     if isinstance(joint, Refused):
         return joint
-    number = joint.number(arm)
-    if number is None:
+    k = joint.number(arm)
+    if k is None:
         return Refused("too few finished runs for a surface")
     point, draws, runs = joint.fit.surface, joint.draws, joint.fit.model.runs
-    mine = runs.arm == number
+    mine = runs.arm == k
     centre, step = design.centre, 0.01
     rows = joint.rows[mine]
     ends = design.budgets[0], design.holdout_budget or design.budgets[-1]
 
     def slope(surface):
-        low, high = (np.log(surface.frontier(number, centre + side * step)) for side in (-1, 1))
+        low, high = (np.log(surface.frontier(k, centre + side * step)) for side in (-1, 1))
         return (high - low) / (2 * step)
 
-    to_params = np.polyfit(runs.size[mine], np.log(rows.params_total.to_numpy(float)), 1)[0]
+    to_params, by_params = joint.law(k, "params_total")[0], joint.by_params
     return Law(
         centre_flops=math.exp(centre),
-        bits_per_byte_at_centre=estimated(point.frontier(number, centre), draws.frontier(number, centre)),
+        bits_per_byte_at_centre=estimated(point.frontier(k, centre), draws.frontier(k, centre)),
         slope=estimated(slope(point), slope(draws)),
-        floor=estimated(point.E[:, number], draws.E[:, number]),
-        no_floor=joint.fit.no_floor[number],
-        alpha=estimated(point.alpha[:, number], draws.alpha[:, number]),
-        beta=estimated(point.beta[:, number], draws.beta[:, number]),
-        size_exponent=estimated(to_params * point.size_exponent(number), to_params * draws.size_exponent(number)),
-        size_exponent_6nd=_exponent_6nd(joint, number),
-        spread=float(joint.fit.spread[number]),
+        floor=estimated(point.E[:, k], draws.E[:, k]),
+        no_floor=bool(joint.fit.no_floor[k]),
+        alpha=estimated(point.alpha[:, k], draws.alpha[:, k]),
+        beta=estimated(point.beta[:, k], draws.beta[:, k]),
+        size_exponent=estimated(to_params * point.size_exponent(k), to_params * draws.size_exponent(k)),
+        size_exponent_6nd=None if by_params is None else float(by_params.size_exponent(k)[0]),
+        spread=float(joint.fit.spread[k]),
         seed_spread=seed_spread(rows),
         frontier=tuple(
-            Point(float(c), estimated(point.frontier(number, math.log(c)), draws.frontier(number, math.log(c))))
+            Point(float(c), estimated(point.frontier(k, math.log(c)), draws.frontier(k, math.log(c))))
             for c in np.geomspace(*ends, STEPS)
         ),
-        curves=tuple(_curve(joint, number, budget) for budget in sorted(rows.budget_flops.unique())),
+        curves=tuple(_curve(joint, k, budget) for budget in sorted(rows.budget_flops.unique())),
     )
-
-
-def _exponent_6nd(joint: Joint, arm: int) -> float | None:
-    """The exponent of the optimal parameters in 6ND: of a surface over parameters instead of FLOPs per token."""
-    table = joint.rows.assign(flops=6 * joint.rows.params_total * joint.rows.tokens)
-    try:
-        fitted = fit(runs_of(table, joint.arms), sharing(joint.bounds))
-    except ValueError:
-        return None
-    return float(fitted.surface.size_exponent(arm)[0])
 
 
 def _curve(joint: Joint, arm: int, budget: float) -> IsoFlopCurve:
@@ -187,7 +174,7 @@ def best_run(fit: pd.DataFrame) -> BestRun | None:
     """The best of an arm's runs at the largest budget that has any; None where there are none."""
     if fit.empty:
         return None
-    row = fit.loc[fit[fit.budget_flops == fit.budget_flops.max()].bits_per_byte.idxmin()]
+    row = lowest_by_budget(fit).iloc[-1]
 
     def optional(name: str) -> float | None:
         return None if pd.isna(row[name]) else row[name]

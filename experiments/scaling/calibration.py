@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.findings import Refused
 from experiments.harness import ledger
-from experiments.scaling.compare import outcome_of
+from experiments.scaling.compare import multiplier, outcome_of
 from experiments.scaling.design import Corpus, Design
 from experiments.scaling.holdout import Alternative, alternatives, best_of
 from experiments.scaling.joint import FEW, estimated, join
@@ -109,23 +109,21 @@ def repetition(case: Case, seed: int) -> dict[str, float]:
     first, last = math.log(case.grid.budgets[0]), math.log(case.grid.budgets[-1])
     pair = joint.fit.surface, joint.draws
 
-    def multiplier(log_flops: float):
-        return estimated(*(surface.log_multiplier(1, 0, log_flops) for surface in pair))
-
     def truth(log_flops: float) -> float:
         return math.log(case.reference.flops_for(case.new.frontier(math.exp(log_flops)))) - log_flops
 
-    centre = multiplier(design.centre)
-    slopes = [(s.log_multiplier(1, 0, last) - s.log_multiplier(1, 0, first)) / (last - first) for s in pair]
-    trend = estimated(*slopes)
+    centre, *at_budgets = (
+        multiplier(joint, 1, 0, log_flops, design).estimate for log_flops in (design.centre, *np.log(design.budgets))
+    )
+    trend = estimated(*(surface.trend(1, 0, first, last) for surface in pair))
     floor = estimated(*(s.E[:, 1] - s.E[:, 0] for s in (own.fit.surface, own.draws)))
     exponent = estimated(*(s.size_exponent(1) for s in pair))
-    outcome = outcome_of(centre.map(math.exp), [multiplier(math.log(c)).map(math.exp) for c in case.grid.budgets])
+    outcome = outcome_of(centre, at_budgets)
     said = {
         "better": outcome == "better",
         "cannot tell": outcome == "cannot tell",
-        "multiplier": truth(design.centre) in centre,
-        "half-width of ln multiplier": (centre.high - centre.low) / 2,
+        "multiplier": math.exp(truth(design.centre)) in centre,
+        "half-width of ln multiplier": math.log(centre.high / centre.low) / 2,
         "trend": (truth(last) - truth(first)) / (last - first) in trend,
         "floor": case.new.E - case.reference.E in floor,
         "exponent of N*": case.new.beta / (case.new.alpha + case.new.beta) in exponent,

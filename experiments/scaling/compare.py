@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.findings import ArmOutcome, Estimate, Refused, Verdict, number
+from experiments.scaling.arm_runs import finished, lowest_by_budget
 from experiments.scaling.cost_ratios import cost_ratios
 from experiments.scaling.design import Design
-from experiments.scaling.frontier import finished
-from experiments.scaling.joint import Joint, estimated, held_out_nats
+from experiments.scaling.joint import Joint, estimated
 from experiments.scaling.power import power_of
 from experiments.scaling.results import Comparison, Multiplier, PairedDifference
 
@@ -54,11 +54,7 @@ def compare_arms(
     first, last = math.log(design.budgets[0]), math.log(design.budgets[-1])
     trend = floor = None  # a trend that is read far outside the reference's budgets would be that of its extrapolation
     if last > first and not any(m.extrapolated for m in multipliers):
-        with np.errstate(invalid="ignore"):  # where draws do not meet the reference's frontier
-            value, drawn = (
-                (surface.log_multiplier(new, ref, last) - surface.log_multiplier(new, ref, first)) / (last - first)
-                for surface in (point, draws)
-            )
+        value, drawn = (surface.trend(new, ref, first, last) for surface in (point, draws))
         if np.isfinite(value).all() and np.isfinite(drawn).all():
             trend, p["trend"] = estimated(value, drawn), tail(drawn)
     if not isinstance(own_floors, Refused) and joint.bounds[new] == joint.bounds[ref]:
@@ -157,11 +153,9 @@ def paired_difference(
     sequences, which are the same for both; None where a run or its file is missing. folder: the sweep's."""
     best = []
     for name in (arm, reference):
-        mine = finished(rows, "fit", name)
-        mine = mine[np.isclose(mine.budget_flops, design.budgets[-1])]
-        if mine.empty:
-            return None
-        best.append(held_out_nats(folder, str(mine.loc[mine.bits_per_byte.idxmin(), "id"])))
+        lowest = lowest_by_budget(finished(rows, name, "fit"))
+        ids = lowest.id[np.isclose(lowest.budget_flops.astype(float), design.budgets[-1])]
+        best.append(held_out_nats(folder, str(ids.iloc[0])) if len(ids) else None)
     new, ref = best
     if new is None or ref is None:
         return None
@@ -172,3 +166,10 @@ def paired_difference(
         bits_per_byte=float(difference.sum() / bits),
         standard_error=float(difference.std(ddof=1) * math.sqrt(len(difference)) / bits),
     )
+
+
+def held_out_nats(folder: Path, row_id: str) -> np.ndarray | None:
+    """Returns the nats of each held-out sequence of a run of the sweep in `folder`, or None where the run's file is
+    missing."""
+    path = folder / "cells" / row_id / "heldout_nats.npy"
+    return np.load(path) if path.exists() else None

@@ -35,8 +35,8 @@ def cost_ratios(joint: Joint, arm: int, reference: int, log_flops: float) -> tup
             return np.log(np.maximum(np.exp(cost - size - math.log(6)) - math.exp(served) / 3, 0.0))
 
     ratios = []
-    mine, other = (_law(joint, k, "train_seconds", per="tokens") for k in pair)
-    if mine is not None and other is not None:
+    mine, other = (joint.law(k, "train_seconds", per="tokens") for k in pair)
+    if np.isfinite([mine, other]).all():
         by_time = [_tokens_at(mine), _tokens_at(other)]
         ratios.append(_ratio("wall seconds of training", surfaces, pair, by_time, log_flops, _seconds_at(mine)))
     name = f"FLOPs of training and of serving {SERVED} tokens for each one trained on"
@@ -46,8 +46,8 @@ def cost_ratios(joint: Joint, arm: int, reference: int, log_flops: float) -> tup
 
     ratios.append(_ratio(name, surfaces, pair, [lifetime, lifetime], log_flops, with_served))
     for column, words in (("state_bytes", "bytes of decode state"), ("peak_memory_bytes", "bytes of peak memory")):
-        mine, other = (_law(joint, k, column) for k in pair)
-        if mine is not None and other is not None:
+        mine, other = (joint.law(k, column) for k in pair)
+        if np.isfinite([mine, other]).all():
             ratios.append(_bytes_ratio(words, surfaces, pair, (mine, other), log_flops))
     return tuple(ratio for ratio in ratios if ratio is not None)
 
@@ -56,18 +56,6 @@ def _few(surface: Surface) -> Surface:
     """Returns the first of many draws."""
     cut = (x[:DRAWS] for x in (surface.E, surface.a, surface.b, surface.alpha, surface.beta))
     return Surface(surface.origin, *cut)
-
-
-def _law(joint: Joint, arm: int, column: str, per: str | None = None) -> np.ndarray | None:
-    """(slope, level) of the ln of a column over ln size, a power law through the arm's runs; None where it is not in
-    the ledger."""
-    runs, mine = joint.fit.model.runs, joint.fit.model.runs.arm == arm
-    values = joint.rows[column].to_numpy(float)[mine]
-    if per is not None:
-        values = values / joint.rows[per].to_numpy(float)[mine]
-    if not (np.isfinite(values) & (values > 0)).all():
-        return None
-    return np.polyfit(runs.size[mine], np.log(values), 1)
 
 
 def _tokens_at(seconds_per_token: np.ndarray) -> Tokens:
@@ -107,9 +95,8 @@ def _lowest(surface: Surface, arm: int, tokens: Tokens, cost: np.ndarray, centre
     """The lowest loss at ln cost [S] over a grid of sizes."""
     size = centre + np.linspace(-REACH, REACH, STEPS)
     data = tokens(size[None], cost[:, None])
-    x, y = size[None] - surface.origin[0], data - surface.origin[1]
-    e, a, b, alpha, beta = (v[:, arm, None] for v in (surface.E, surface.a, surface.b, surface.alpha, surface.beta))
-    return (e + np.exp(np.minimum(a - alpha * x, 50.0)) + np.exp(np.minimum(b - beta * y, 50.0))).min(1)
+    with np.errstate(over="ignore"):  # of models that so little pays for that their loss is infinite
+        return surface.at(arm, size[None], data).min(1)
 
 
 def _bytes_ratio(

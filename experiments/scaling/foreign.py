@@ -31,17 +31,15 @@ def rows_of(table: pd.DataFrame, columns: dict[str, str | None], bounds: list[st
     Raises:
         ValueError: for a table without the columns named, or without usable rows (see `select_runs`).
     """
-    arm, seed = columns["arm"], columns["seed"]
-    for name, column in (("arm", arm), ("seed", seed)):
-        if column is not None and column not in table.columns:
-            raise ValueError(
-                f"columns.{name}={column!r} is no column of the table; it has {', '.join(map(repr, table.columns))}"
-            )
-    if arm is None:
+    named = dict(columns)
+    seed = named.pop("seed")
+    if named["arm"] is None:
         raise ValueError("columns.arm must name the column that says which arm a run belongs to")
-    named = {name: column for name, column in columns.items() if name not in ("arm", "seed")}
+    if seed is not None and seed not in table.columns:
+        raise ValueError(
+            f"columns.seed={seed!r} is no column of the table; it has {', '.join(map(repr, table.columns))}"
+        )
     runs = select_runs(table, Columns(**named)).runs
-    kept = table.set_axis(np.arange(1, len(table) + 1), axis=0).loc[runs.index]
     if "budget" not in runs:
         budget = group_budgets(runs.flops)
         runs = runs.assign(budget=budget.fillna(runs.flops))
@@ -50,14 +48,14 @@ def rows_of(table: pd.DataFrame, columns: dict[str, str | None], bounds: list[st
         id=runs.index.astype(str),
         status="done",
         kind="fit",
-        arm=kept[arm].astype(str).to_numpy(),
+        arm=runs.arm.to_numpy(),
         budget_flops=runs.budget.to_numpy(),
         flops=runs.flops.to_numpy(),
         params_total=runs.params.to_numpy(),
         tokens=runs.tokens.to_numpy(),
         bits_per_byte=runs.loss.to_numpy(),
-        bits_per_byte_kind=["bound" if name in bounds else "exact" for name in kept[arm].astype(str)],
-        seed=0 if seed is None else kept[seed].to_numpy(),
+        bits_per_byte_kind=["bound" if name in bounds else "exact" for name in runs.arm],
+        seed=0 if seed is None else table[seed].to_numpy()[runs.index - 1],
     )
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 
 from experiments.findings import QUANTILES, Estimate, Refused
 from experiments.harness import ledger
+from experiments.scaling.arm_runs import finished
 from experiments.scaling.design import Design, read_design
-from experiments.scaling.frontier import finished
 from experiments.scaling.joint import DRAWS, Joint, join
 from experiments.scaling.results import (
     Forecast,
@@ -24,7 +24,6 @@ from experiments.scaling.results import (
 from experiments.scaling.surface import Fit, Form, Runs, Surface, fit
 
 WORSE = 3.0  # error of a form at the largest budget over that of the best, up to which it is used
-SAME_BUDGET = 0.3  # in ln C
 
 
 class Alternative(NamedTuple):
@@ -84,9 +83,7 @@ def alternatives(fitted: Fit) -> list[Alternative]:
         "no floor": replace(form, floored=False),
         "tied exponents": replace(form, tied=True),
     }
-    log_flops = runs.size + runs.data
-    largest = log_flops > log_flops.max() - SAME_BUDGET
-    kept, left_out = runs.where(~largest), runs.where(largest)
+    kept, left_out = runs.where(~runs.in_largest_budget), runs.where(runs.in_largest_budget)
     errors = {name: _error(kept, left_out, other) for name, other in forms.items()}
     known = [error for error in errors.values() if error is not None]
     worst = WORSE * min(known) if known else math.inf
@@ -157,7 +154,7 @@ def scores(root: Path) -> pd.DataFrame:
         design, prediction = read_design(path.parent), read_prediction(path)
         rows = ledger.read(path.parent / "ledger.jsonl")
         for arm, forecast in prediction.arms.items():
-            runs = finished(rows, "holdout", arm)
+            runs = finished(rows, arm, "holdout")
             held = outcome(runs, design, forecast)
             if held is None or held.predicted is None or len(runs) < len(design.holdout_cells.get(arm, ())):
                 continue

@@ -2,22 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from experiments.findings import QUANTILES, Estimate, Refused
+from experiments.findings import Estimate, Refused
+from experiments.scaling.arm_runs import finished
 from experiments.scaling.design import Design
-from experiments.scaling.frontier import finished
 from experiments.scaling.results import ErrorShares
-from experiments.scaling.surface import Fit, Form, Runs, Surface, fit
+from experiments.scaling.surface import LEAST, Fit, Form, Runs, Surface, fit
 from experiments.scaling.tuning import RateOptimum, find_optimum, rate_curves
 
 DRAWS = 1000
 FEW = 300  # draws for what is printed to two digits
-LEAST = 4  # runs of an arm
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +26,7 @@ class Joint:
     arms: by number. bounds: of each, whether it reports upper bounds. rows: of the runs, in their order. rates: of each
     arm, what tuning knows, or None. evaluation: of each arm, the standard error of its ln(loss) less the reference's
     over other held-out text, None where unknown. bound_errors: of each arm, the standard error of ln(loss) by Monte
-    Carlo. draws: with all errors.
+    Carlo. count: of draws.
     """
 
     arms: tuple[str, ...]
@@ -37,18 +36,42 @@ class Joint:
     rates: tuple[RateOptimum | None, ...]
     evaluation: tuple[float | None, ...]
     bound_errors: tuple[float, ...]
-    draws: Surface
+    count: int
+
+    @cached_property
+    def draws(self) -> Surface:
+        """Surfaces that these runs allow, with all errors."""
+        by_rate, by_text, by_bound = self._shifts(self.count, seed=0)
+        return self.fit.draws(self.count, seed=0, shift=by_rate).shifted(by_text + by_bound)
+
+    @cached_property
+    def by_params(self) -> Surface | None:
+        """The surface of the same runs over parameters in the place of FLOPs per token; None where it cannot be
+        fitted."""
+        runs = replace(self.fit.model.runs, size=np.log(self.rows.params_total.to_numpy(float)))
+        try:
+            return fit(runs, sharing(self.bounds)).surface
+        except ValueError:
+            return None
 
     def number(self, arm: str) -> int | None:
         """The arm's number, or None where it had too few runs."""
         return self.arms.index(arm) if arm in self.arms else None
 
+    def law(self, arm: int, column: str, per: str | None = None) -> np.ndarray:
+        """(slope, level) of the ln of a column, over another where given, over ln size: a power law through the arm's
+        runs. Not a number where not all of them have it."""
+        runs, mine = self.fit.model.runs, self.fit.model.runs.arm == arm
+        values = self.rows[column].to_numpy(float)[mine]
+        if per is not None:
+            values = values / self.rows[per].to_numpy(float)[mine]
+        if not (np.isfinite(values) & (values > 0)).all():
+            return np.full(2, np.nan)
+        return np.polyfit(runs.size[mine], np.log(values), 1)
+
     def params(self, arm: int, size: np.ndarray) -> np.ndarray:
-        """Parameters of models of ln size [...], by a line in logs through those that were run."""
-        mine = self.fit.model.runs.arm == arm
-        x, y = self.fit.model.runs.size[mine], np.log(self.rows.params_total.to_numpy(float)[mine])
-        slope, level = np.polyfit(x, y, 1)
-        return np.exp(level + slope * np.asarray(size))
+        """Parameters of models of ln size [...], by the power law of those that were run."""
+        return np.exp(np.polyval(self.law(arm, "params_total"), size))
 
     def errors(self, arm: int, reference: int, log_flops: float) -> ErrorShares:
         """Where the error of ln(multiplier) at C comes from."""
@@ -71,12 +94,11 @@ class Joint:
         """Errors of ln(loss) that do not differ from run to run: of the rate [draws, R], of the held-out text and of
         the Monte Carlo estimate of a bound, which has the same masks in all runs [draws, K]."""
         rng, runs = np.random.default_rng(seed), self.fit.model.runs
-        budgets = runs.size + runs.data + math.log(6)
         rates = np.zeros((draws, len(runs)))
         for arm, known in enumerate(self.rates):
             if known is not None:
                 mine = runs.arm == arm
-                rates[:, mine] = -known.excess(budgets[mine], rng, draws)
+                rates[:, mine] = -known.excess(runs.log_flops[mine], rng, draws)
         arms = len(self.arms)
         evaluation = rng.standard_normal((draws, arms)) * [error or 0.0 for error in self.evaluation]
         return rates, evaluation, rng.standard_normal((draws, arms)) * np.array(self.bound_errors)
@@ -94,7 +116,7 @@ def join(
 
     rows: of the ledger. evaluation: by arm, see `Joint`.
     """
-    mine = {arm: finished(rows, "fit", arm) for arm in design.arms}
+    mine = {arm: finished(rows, arm, "fit") for arm in design.arms}
     arms = tuple(arm for arm, found in mine.items() if len(found) >= LEAST)
     if not arms:
         return Refused(f"no arm has the {LEAST} finished runs that a surface needs")
@@ -112,10 +134,7 @@ def join(
     relative = table.bits_per_byte_se.astype(float).fillna(0.0) / table.bits_per_byte.astype(float)
     bound_errors = tuple(float(relative[runs.arm == number].median()) for number in range(len(arms)))
     known = tuple(evaluation.get(arm) for arm in arms)
-    draft = Joint(arms, bounds, table, fitted, rates, known, bound_errors, fitted.surface)
-    by_rate, by_text, by_bound = draft._shifts(draws, seed=0)
-    drawn = fitted.draws(draws, seed=0, shift=by_rate).shifted(by_text + by_bound)
-    return Joint(arms, bounds, table, fitted, rates, known, bound_errors, drawn)
+    return Joint(arms, bounds, table, fitted, rates, known, bound_errors, draws)
 
 
 def sharing(bounds: Sequence[bool], own_floors: bool = False) -> Form:
@@ -152,13 +171,5 @@ def seed_spread(rows: pd.DataFrame) -> float | None:
 
 
 def estimated(value: np.ndarray | float, draws: np.ndarray) -> Estimate:
-    """The value with the 95 % interval of its draws, moved only as far as needed to contain it."""
-    number = float(np.asarray(value).reshape(-1)[0])
-    low, high = np.quantile(draws, QUANTILES, method="inverted_cdf")
-    return Estimate(number, float(min(low, number)), float(max(high, number)))
-
-
-def held_out_nats(folder: Path, row_id: str) -> np.ndarray | None:
-    """Nats of each held-out sequence of a run of the sweep in `folder`, or None where the run's file is missing."""
-    path = folder / "cells" / row_id / "heldout_nats.npy"
-    return np.load(path) if path.exists() else None
+    """Returns the value, a number or an array of one, with the interval of its draws."""
+    return Estimate.of_draws(float(np.asarray(value).reshape(-1)[0]), draws)

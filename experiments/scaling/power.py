@@ -12,10 +12,11 @@ from copy import copy
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from scipy.stats import norm
 
 from experiments.scaling.design import Cell
-from experiments.scaling.joint import sharing
+from experiments.scaling.joint import runs_of, sharing
 from experiments.scaling.results import Power, Remedy
 from experiments.scaling.surface import Fit, Parametrisation, Runs
 
@@ -24,7 +25,6 @@ LARGER = 4.0  # a further budget, over the largest
 DETECTED = 1.96  # standard errors from 0 beyond which ln(multiplier) is told from it
 REQUIRED = DETECTED + 0.84  # and those with which that happens in 80 % of repetitions
 EFFICIENCY = 0.95  # of Huber's loss at `surface.ROBUST` for normal errors (Huber, 1964)
-NEAR = 0.3  # in ln C: runs of one budget lie no further apart
 EXPONENT, FLOOR = 0.4, 0.5  # assumed before any run: alpha = beta, and E over the loss at the centre
 STEP = 1e-4  # of central differences, in the parameters' own units
 RIDGE = 1e-9  # of the largest entry: directions that no run knows anything of get a large error and no division by zero
@@ -79,15 +79,15 @@ def power_of(fit: Fit, arm: int, reference: int, log_flops: float, systematic: f
     """
     runs = fit.model.runs
     larger = larger_budget(fit, (arm, reference))
-    both = Runs(*(np.concatenate(pair) for pair in zip(_fields(runs), _fields(larger), strict=True)))
-    by_runs, with_larger = (deviation_of(fit, design, arm, reference, log_flops) for design in (runs, both))
+    designs = runs, runs.joined(larger)
+    by_runs, with_larger = (deviation_of(fit, design, arm, reference, log_flops) for design in designs)
     told_apart = math.exp(min(REQUIRED * math.hypot(by_runs, systematic), 700.0))
 
     def remedy(target: float) -> Remedy:
         left = (math.log(target) / REQUIRED) ** 2 - systematic**2
         wanted = math.ceil(seeds * by_runs**2 / left) if left > 0 and math.isfinite(by_runs) else None
         power = float(norm.cdf(math.log(target) / math.hypot(with_larger, systematic) - DETECTED))
-        return Remedy(target, wanted, power, float(np.exp(_log_flops(larger)).sum()))
+        return Remedy(target, wanted, power, float(np.exp(larger.log_flops).sum()))
 
     return Power(told_apart, tuple(remedy(target) for target in TARGETS if target < told_apart))
 
@@ -95,12 +95,11 @@ def power_of(fit: Fit, arm: int, reference: int, log_flops: float, systematic: f
 def larger_budget(fit: Fit, arms: Iterable[int], factor: float = LARGER) -> Runs:
     """The runs of the largest budget at `factor` times its FLOPs, each as far from its arm's optimum as it was."""
     runs = fit.model.runs
-    log_flops = _log_flops(runs)
-    largest = runs.where((log_flops > log_flops.max() - NEAR) & np.isin(runs.arm, list(arms)))
-    size = largest.size.copy()
+    largest = runs.where(runs.in_largest_budget & np.isin(runs.arm, list(arms)))
+    size, highest = largest.size.copy(), runs.log_flops.max()
     for arm in arms:
         mine = largest.arm == arm
-        before, after = (float(fit.surface.optimum(arm, log_flops.max() + x)[0][0]) for x in (0, math.log(factor)))
+        before, after = (float(fit.surface.optimum(arm, highest + x)[0][0]) for x in (0, math.log(factor)))
         size[mine] += after - before
     data = largest.size + largest.data + math.log(factor) - size
     return Runs(largest.arm, size, data, largest.loss, largest.cell + 1 + runs.cell.max())
@@ -123,22 +122,9 @@ def planned_power(
 
 
 def planned_runs(cells: Sequence[Cell], arms: Sequence[str]) -> Runs:
-    """Cells as runs of a surface, of a loss that is not known yet. As in `joint.runs_of` a cell is a budget, the rank
-    of the size among the arm's there, and a seed."""
-    tokens = np.array([float(cell.tokens) for cell in cells])
-    widths = {(cell.arm, cell.budget): set() for cell in cells}
-    for cell in cells:
-        widths[cell.arm, cell.budget].add(cell.width)
-    ranks = [sorted(widths[cell.arm, cell.budget]).index(cell.width) for cell in cells]
-    places = [(cell.budget, rank, cell.seed) for cell, rank in zip(cells, ranks, strict=True)]
-    numbers = {place: i for i, place in enumerate(dict.fromkeys(places))}
-    return Runs(
-        arm=np.array([list(arms).index(cell.arm) for cell in cells]),
-        size=np.log([cell.flops for cell in cells]) - np.log(6 * tokens),
-        data=np.log(tokens),
-        loss=np.zeros(len(cells)),
-        cell=np.array([numbers[place] for place in places]),
-    )
+    """Returns cells as runs of a surface, as if each had a loss of 1."""
+    table = pd.DataFrame([vars(cell) for cell in cells])
+    return runs_of(table.assign(budget_flops=table.budget, params_total=table.params, bits_per_byte=1.0), arms)
 
 
 def assumed(runs: Runs, bounds: Sequence[bool], noise: float) -> Fit:
@@ -151,8 +137,7 @@ def assumed(runs: Runs, bounds: Sequence[bool], noise: float) -> Fit:
         mine, middle = runs.where(runs.arm == arm), math.log((1 - FLOOR) / 2)
         parameters[a] = middle + EXPONENT * (mine.size.mean() - model.origin[0])
         parameters[b] = middle + EXPONENT * (mine.data.mean() - model.origin[1])
-    count, freedom = len(bounds), len(runs) - model.form.parameters
-    return Fit(model, parameters, np.zeros(len(runs)), np.full(count, noise), 0.0, 0.0, freedom, (False,) * count)
+    return Fit(model, parameters, np.zeros(len(runs)), np.full(len(bounds), noise), 0.0, 0.0)
 
 
 def _moved(model: Parametrisation, runs: Runs) -> Parametrisation:
@@ -160,11 +145,3 @@ def _moved(model: Parametrisation, runs: Runs) -> Parametrisation:
     moved = copy(model)
     moved.runs = runs
     return moved
-
-
-def _log_flops(runs: Runs) -> np.ndarray:
-    return runs.size + runs.data + math.log(6)
-
-
-def _fields(runs: Runs) -> tuple[np.ndarray, ...]:
-    return runs.arm, runs.size, runs.data, runs.loss, runs.cell

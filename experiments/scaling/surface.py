@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from experiments.fits.forms import EXPONENTS, STARTS, summed
 from experiments.fits.least_squares import Solutions, levenberg_marquardt
 
-EXPONENTS = (0.02, 3.0)
+LEAST = 4  # runs of an arm
+SAME_BUDGET = 0.3  # in ln C: runs of one budget lie no further apart
 NO_FLOOR = 1e-3  # of the lowest loss: a floor down there is none
 ROBUST = 1.345  # standard deviations from which a residual counts by its size and not its square (Huber, 1964)
 SHRINKAGE = 0.7102  # mean of the square of a normal variable clipped at ROBUST
@@ -37,9 +39,23 @@ class Runs:
     def __len__(self) -> int:
         return len(self.arm)
 
+    @property
+    def log_flops(self) -> np.ndarray:
+        """ln C [R]."""
+        return self.size + self.data + np.log(6)
+
+    @property
+    def in_largest_budget(self) -> np.ndarray:
+        """Which runs are those of the largest budget [R]."""
+        return self.log_flops > self.log_flops.max() - SAME_BUDGET
+
     def where(self, keep: np.ndarray) -> "Runs":
         """Returns those that `keep` [R] selects."""
-        return Runs(self.arm[keep], self.size[keep], self.data[keep], self.loss[keep], self.cell[keep])
+        return Runs(**{name: values[keep] for name, values in vars(self).items()})
+
+    def joined(self, others: "Runs") -> "Runs":
+        """Returns these and the others."""
+        return Runs(**{name: np.concatenate([values, getattr(others, name)]) for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,13 @@ class Surface:
 
     def loss(self, arm: int, size: np.ndarray, data: np.ndarray) -> np.ndarray:
         """L at ln size and ln data [...] of each surface, [S, ...]."""
-        size, data = np.asarray(size) - self.origin[0], np.asarray(data) - self.origin[1]
-        e, a, b, alpha, beta = (
-            x[:, arm].reshape(-1, *(1,) * size.ndim) for x in (self.E, self.a, self.b, self.alpha, self.beta)
-        )
+        return self.at(arm, np.asarray(size)[None], np.asarray(data)[None])
+
+    def at(self, arm: int, size: np.ndarray, data: np.ndarray) -> np.ndarray:
+        """L of each surface at its own ln size and ln data, all [S, ...] or what can be made so."""
+        size, data = size - self.origin[0], data - self.origin[1]
+        shape = (-1, *(1,) * (size.ndim - 1))
+        e, a, b, alpha, beta = (x[:, arm].reshape(shape) for x in (self.E, self.a, self.b, self.alpha, self.beta))
         return e + np.exp(a - alpha * size) + np.exp(b - beta * data)
 
     def optimum(self, arm: int, log_flops: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +109,7 @@ class Surface:
 
     def frontier(self, arm: int, log_flops: float) -> np.ndarray:
         """The lowest loss at C [S]."""
-        size, data = self.optimum(arm, log_flops)
-        size, data = size - self.origin[0], data - self.origin[1]
-        return (
-            self.E[:, arm]
-            + np.exp(self.a[:, arm] - self.alpha[:, arm] * size)
-            + np.exp(self.b[:, arm] - self.beta[:, arm] * data)
-        )
+        return self.at(arm, *self.optimum(arm, log_flops))
 
     def flops_for(self, arm: int, loss: np.ndarray) -> np.ndarray:
         """ln of the compute at which an arm's frontier comes down to a loss [S]; infinite at or below its floor."""
@@ -110,6 +123,12 @@ class Surface:
     def log_multiplier(self, arm: int, reference: int, log_flops: float) -> np.ndarray:
         """ln of the compute that the reference needs for the arm's loss at C, over C [S]."""
         return self.flops_for(reference, self.frontier(arm, log_flops)) - log_flops
+
+    def trend(self, arm: int, reference: int, first: float, last: float) -> np.ndarray:
+        """Slope of ln(multiplier) in ln C between two ln C [S]; nan where the frontiers do not meet at both."""
+        with np.errstate(invalid="ignore"):
+            rise = self.log_multiplier(arm, reference, last) - self.log_multiplier(arm, reference, first)
+        return rise / (last - first)
 
     def size_exponent(self, arm: int) -> np.ndarray:
         """Exponent of the optimal FLOPs per token in compute [S]."""
@@ -147,11 +166,8 @@ class Parametrisation:
         size, data = runs.size - self.origin[0], runs.data - self.origin[1]
         e, a, b = (parameters[:, index[arm]] for index in (self.e, self.a, self.b))
         terms = np.stack([e, a - parameters[:, self.alpha[arm]] * size, b - parameters[:, self.beta[arm]] * data])
-        top = terms.max(0)
-        shares = np.exp(terms - top)
-        total = shares.sum(0)
-        shares /= total
-        jacobian, row = np.zeros((*total.shape, self.count)), np.arange(len(arm))
+        shares, values = summed(terms)
+        jacobian, row = np.zeros((*values.shape, self.count)), np.arange(len(arm))
         for index, derivative in (
             (self.e, shares[0]),
             (self.alpha, -shares[1] * size),
@@ -160,21 +176,17 @@ class Parametrisation:
             (self.b, shares[2]),
         ):
             jacobian[:, row, index[arm]] += derivative
-        return top + np.log(total), jacobian
+        return values, jacobian
 
     def starts(self) -> np.ndarray:
         """[27, P]: three floors, three exponents of each kind, the rest of each arm's mean loss halved."""
         runs, arms = self.runs, range(len(self.form.floors))
         lowest, means = np.exp(runs.loss.min()), [np.exp(runs.loss[runs.arm == arm].mean()) for arm in arms]
-        starts = []
-        for fraction in (0.1, 0.5, 0.8):
-            for alpha in (0.15, 0.4, 0.9):
-                for beta in (0.15, 0.4, 0.9):
-                    start = np.zeros(self.count)
-                    start[self.e], start[self.alpha], start[self.beta] = np.log(fraction * lowest), alpha, beta
-                    start[self.a] = start[self.b] = np.log((np.array(means) - fraction * lowest) / 2)
-                    starts.append(start)
-        return np.array(starts)
+        starts = np.zeros((len(STARTS), self.count))
+        for start, (fraction, alpha, beta) in zip(starts, STARTS, strict=True):
+            start[self.e], start[self.alpha], start[self.beta] = np.log(fraction * lowest), alpha, beta
+            start[self.a] = start[self.b] = np.log((np.array(means) - fraction * lowest) / 2)
+        return starts
 
     def surface(self, parameters: np.ndarray) -> Surface:
         """The constants of parameters [S, P]."""
@@ -189,7 +201,6 @@ class Fit:
     parameters: [P]. residual: ln L - ln of the surface [R]. spread: standard deviation of each arm's runs about it [K],
     robust and for the parameters used. correlation: of residuals of one cell in different arms. misfit: of residuals of
     one size and length in an arm, which differ by their seed alone, so that more seeds do not make this part smaller.
-    freedom: runs less parameters. no_floor: for each arm whether its floor ended at nothing [K].
     """
 
     model: Parametrisation
@@ -198,8 +209,16 @@ class Fit:
     spread: np.ndarray
     correlation: float
     misfit: float
-    freedom: int
-    no_floor: tuple[bool, ...]
+
+    @property
+    def freedom(self) -> int:
+        """Runs less parameters."""
+        return len(self.model.runs) - self.model.form.parameters
+
+    @property
+    def no_floor(self) -> np.ndarray:
+        """For each arm whether its floor ended at nothing [K]."""
+        return self.parameters[self.model.e] <= self.model.lower[self.model.e] + 0.1
 
     @property
     def surface(self) -> Surface:
@@ -208,10 +227,7 @@ class Fit:
 
     def refit(self, loss: np.ndarray) -> Surface:
         """Surfaces of other losses of the same runs, ln L [S, R], each begun at this one."""
-        return self.model.surface(self._solve(self.parameters, loss).parameters)
-
-    def _solve(self, start: np.ndarray, loss: np.ndarray) -> Solutions:
-        return _solve(self.model, start, loss, self.spread)
+        return self.model.surface(_solve(self.model, self.parameters, loss, self.spread).parameters)
 
     def draws(self, count: int, seed: int, shift: np.ndarray | float = 0.0) -> Surface:
         """Surfaces of `count` sets of runs that could have been: the surface's losses with normal errors of the spread
@@ -238,25 +254,23 @@ def fit(runs: Runs, form: Form) -> Fit:
     """
     counts = np.bincount(runs.arm, minlength=len(form.floors))
     freedom = len(runs) - form.parameters
-    if freedom < 2 or counts.min() < 4:
+    if freedom < 2 or counts.min() < LEAST:
         raise ValueError(
             f"{len(runs)} runs ({', '.join(map(str, counts))} of each arm) for a surface of {form.parameters} "
-            "constants: at least two more, and four of each arm, are needed"
+            f"constants: at least two more, and {LEAST} of each arm, are needed"
         )
     model = Parametrisation(form, runs)
-    solutions = _solve(model, model.starts(), runs.loss, np.full(len(counts), np.inf))
-    parameters = solutions.parameters[solutions.best]
-    for _ in range(ROUNDS):
+    parameters, spread = model.starts(), np.full(len(counts), np.inf)
+    residual = runs.loss
+    for _ in range(1 + ROUNDS):
+        solutions = _solve(model, parameters, runs.loss, spread)
+        parameters = solutions.parameters[solutions.best]
         residual = runs.loss - model(parameters[None])[0][0]
-        spread = _spread(residual, runs.arm, counts, len(runs) / freedom)
-        parameters = _solve(model, parameters, runs.loss, spread).parameters[0]
-    residual = runs.loss - model(parameters[None])[0][0]
-    spread = _spread(residual, runs.arm, counts, len(runs) / freedom)
-    no_floor = tuple(bool(x) for x in parameters[model.e] <= model.lower[model.e] + 0.1)
+        spread = _spread(residual, runs.arm, len(counts), len(runs) / freedom)
     standardised = residual / spread[runs.arm]
     correlation = _correlation(standardised, runs)
     misfit = min(_misfit(standardised, runs), 1 - correlation)
-    return Fit(model, parameters, residual, spread, correlation, misfit, freedom, no_floor)
+    return Fit(model, parameters, residual, spread, correlation, misfit)
 
 
 def _solve(model: Parametrisation, start: np.ndarray, loss: np.ndarray, spread: np.ndarray) -> Solutions:
@@ -267,11 +281,11 @@ def _solve(model: Parametrisation, start: np.ndarray, loss: np.ndarray, spread: 
     return levenberg_marquardt(model, start, loss, model.lower, model.upper, weights=weights, delta=delta)
 
 
-def _spread(residual: np.ndarray, arm: np.ndarray, counts: np.ndarray, per_freedom: float) -> np.ndarray:
+def _spread(residual: np.ndarray, arm: np.ndarray, arms: int, per_freedom: float) -> np.ndarray:
     """Each arm's standard deviation [K]: its root mean square with what lies far out clipped (Huber's proposal 2), not
     below a hundredth of the largest arm's."""
-    out = np.empty(len(counts))
-    for k in range(len(counts)):
+    out = np.empty(arms)
+    for k in range(arms):
         mine = residual[arm == k]
         scale = max(np.median(np.abs(mine)) / 0.6745, 1e-12)
         for _ in range(20):

@@ -126,17 +126,18 @@ def tuned_rate(rows: pd.DataFrame) -> float | None:
     """The learning rate for an arm's other runs, from its tuning runs: the common vertex of their curves to three
     digits, or the best one tried at the largest budget where no curve has a minimum; None without finished runs."""
     curves = rate_curves(rows)
-    if not curves:
-        return None
-    optimum, last = find_optimum(curves), curves[-1]
+    return _chosen(curves, find_optimum(curves)) if curves else None
+
+
+def _chosen(curves: list[RateCurve], optimum: RateOptimum | None) -> float:
+    last = curves[-1]
     return float(f"{math.exp(optimum.chosen if optimum else last.x[last.best]):.3g}")
 
 
 def describe(rows: pd.DataFrame, budgets: tuple[float, ...], spread: float | None) -> tuple[Tuning | None, list[str]]:
     """An arm's tuning, and what is to be wary of. spread: that of its runs about the surface, where there is one."""
     curves = rate_curves(rows)
-    rate = tuned_rate(rows)
-    if rate is None:
+    if not curves:
         return None, []
     optimum = find_optimum(curves, spread or USUAL_SPREAD)
     done = rows[rows.status == "done"]
@@ -163,5 +164,6 @@ def describe(rows: pd.DataFrame, budgets: tuple[float, ...], spread: float | Non
                 "which it is transferred, and the interval does not know of that rule's error"
             )
     curvature = None if optimum is None else optimum.curvature
+    rate = _chosen(curves, find_optimum(curves))  # as the sweep did, before a fit said how runs scatter
     tuning = Tuning(rate, float(done.flops.sum()), len(done), tuple(described), curvature, excess)
     return tuning, warnings

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.fits.isoflop import Located
+from experiments.scaling.arm_runs import budget_curves, finished, lowest_by_budget
 from experiments.scaling.design import Addition, Cell
-from experiments.scaling.frontier import budget_curves, finished
 from experiments.scaling.joint import runs_of
 from experiments.scaling.surface import Form, fit
 from experiments.scaling.tuning import rate_curves, tuned_rate
@@ -138,7 +138,7 @@ def _laid(plan: Plan, arms: Arms, kind: str, budget: float, rows: pd.DataFrame) 
 def lay(plan: Plan, arm: Arm, kind: str, budget: float, rows: pd.DataFrame) -> list[Cell]:
     """The cells of a budget around the optimum that an arm's finished runs put there, or around N* without such."""
     settings = plan.settings["holdout"] if kind == "holdout" else plan.settings
-    centre = optimum(finished(rows, "fit", arm.name), budget) or arm.optimum(budget)
+    centre = optimum(finished(rows, arm.name, "fit"), budget) or arm.optimum(budget)
     widths = arm.widths(centre, settings["sizes"], settings["span"])
     return _possible(arm, kind, budget, widths, plan.settings["seeds"])
 
@@ -157,7 +157,7 @@ def optimum(runs: pd.DataFrame, budget: float) -> float | None:
         surface = fit(placed, Form((0,), (0,))).surface
     except ValueError:
         curves = [curve for curve in budget_curves(runs, budgets) if isinstance(curve, Located)]
-        best = runs.loc[runs.groupby("budget_flops").bits_per_byte.idxmin().to_numpy()]
+        best = lowest_by_budget(runs)
         at = [(curve.budget, curve.x) for curve in curves] or list(
             zip(best.budget_flops.astype(float), np.log(best.params_total.astype(float)), strict=True)
         )

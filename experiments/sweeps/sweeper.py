@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
@@ -29,6 +28,7 @@ from experiments.sweeps.dry_run import describe
 from experiments.sweeps.plan import Arm, difference, make_cells, make_plan
 from experiments.sweeps.precision import further_precision, read_wish
 from experiments.sweeps.progress import Progress, estimate_seconds
+from experiments.terminal import console
 
 
 class Sweep:
@@ -52,9 +52,7 @@ class Sweep:
         arguments: list[str],
     ):
         self.launch, self.launched = launch, 0
-        self.console = Console(soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console.width = 150  # a table in a file need not fit a terminal of 80
+        self.console = console()
         self.settings, run = config.sweep, compose([])
         self.wish = read_wish(config.until, config.limit)
         self.folder = Path(run.session.root)

@@ -12,19 +12,11 @@ import pytest
 from experiments.findings import write_json
 from experiments.harness import ledger
 from experiments.scaling import analysis, holdout
+from experiments.scaling.calibration import PlantedLaw
 from experiments.scaling.design import Design
 
 BUDGETS = [1e12, 2e12, 4e12, 8e12]
 HOLDOUT = 3.2e13
-# L = E + A / (N / 1e5)^alpha + B / (D / 1e7)^beta, for arms that need `multiplier` times less compute
-REFERENCE = {"E": 1.2, "A": 0.9, "B": 0.7, "alpha": 0.4, "beta": 0.4, "multiplier": 1.0, "kind": "exact"}
-
-
-def loss_of(law, params, tokens):
-    """The planted loss of a model of so many parameters (of six FLOPs per token and parameter) after so many tokens."""
-    gain = law["multiplier"] ** -(law["alpha"] * law["beta"] / (law["alpha"] + law["beta"]))
-    terms = law["A"] * (params / 1e5) ** -law["alpha"] + law["B"] * (tokens / 1e7) ** -law["beta"]
-    return law["E"] + gain * terms
 
 
 @dataclass
@@ -66,7 +58,7 @@ def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shi
     rng = np.random.default_rng(seed)
     cells, rows, nats = [], [], {}
     for arm, law in laws.items():
-        law = REFERENCE | law
+        law = PlantedLaw(**law)
         wanted = [("fit", budget, np.linspace(-1.3, 1.3, sizes), 0.01) for budget in BUDGETS] * seeds
         wanted += [("holdout", HOLDOUT, np.linspace(-0.7, 0.7, 3), 0.01)]
         wanted += [("tune", BUDGETS[i], np.zeros(1), rate) for i in (0, 3) for rate in (0.005, 0.01, 0.02)]
@@ -75,7 +67,7 @@ def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shi
                 offset = offset + (shift if kind == "fit" else 0.0)
                 params = round(math.sqrt(budget / 120) * math.exp(offset))
                 tokens = round(budget / 6 / params)
-                loss = loss_of(law, params, tokens) * math.exp(0.05 * math.log(rate / 0.01) ** 2)
+                loss = law.loss(params, tokens) * math.exp(0.05 * math.log(rate / 0.01) ** 2)
                 loss *= math.exp(rng.normal(0, noise) if noise else 0)
                 name = f"{len(cells):012x}"
                 cells.append({"kind": kind, "arm": arm, "flops": budget, "tokens": tokens})
@@ -85,7 +77,7 @@ def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shi
                         "budget_flops": budget, "flops": budget, "flops_6nd": 0.9 * budget, "params_total": params,
                         "width": 8, "tokens": tokens, "learning_rate": rate,
                         "seed": number // len(BUDGETS) if kind == "fit" else 0,
-                        "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": law["kind"],
+                        "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": law.kind,
                         "wall_seconds": 10.0, "train_seconds": 9.0, "tokens_per_second": 1e4,
                         "peak_memory_bytes": 1e9, "state_bytes": 1e5, "mfu": 0.1, "device": "test",
                         "versions": {"torch": "2"},

@@ -39,9 +39,7 @@ def plant(budgets=CLOSE, sizes=6, off=0.0, noise=0.01, correlation=0.0, seeds=1,
     parameters[model.b] = terms + 0.4 * (centre - math.log(6) - middle - model.origin[1])
     runs = replace(runs, loss=model(parameters[None])[0][0])
     spread = np.full(2, noise)
-    freedom = len(runs) - form.parameters
-    model = Parametrisation(form, runs)
-    return Fit(model, parameters, 0 * size, spread, correlation, 0.0, freedom, (False, False)), centre
+    return Fit(Parametrisation(form, runs), parameters, 0 * size, spread, correlation, 0.0), centre
 
 
 def repeated(planted, repetitions):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from experiments.fits.isoflop import Located
-from experiments.scaling.frontier import budget_curves, finished
+from experiments.scaling.arm_runs import budget_curves, finished
 from experiments.sweeps.adaptive import chosen_rates, further_rates, further_sizes, held_out_sizes
 from tests.sweeps.untrained import SWEEP, Untrained
 
@@ -16,7 +16,7 @@ def rates_tried(sweep, budget, arm="arm0"):
 
 
 def minima(sweep, arm="arm0"):
-    curves = budget_curves(finished(sweep.rows, "fit", arm), sweep.plan.budgets)
+    curves = budget_curves(finished(sweep.rows, arm, "fit"), sweep.plan.budgets)
     return [curve for curve in curves if isinstance(curve, Located)]
 
 
