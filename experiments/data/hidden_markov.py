@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from experiments.data.token_data import TokenData, token_dtype
+from experiments.data.windows import heldout_windows
 
 FLOOR = 1e-6  # least probability of any transition and emission
 AT_ONCE = 4096  # sequences sampled together: few enough for the processor's cache
@@ -237,6 +238,12 @@ def hidden_markov(
 
     # The held-out part first, so that it stays the same when train_tokens is changed.
     heldout, train = stream(heldout_tokens), stream(train_tokens)
+    windows, tail = heldout_windows(heldout, sequence_length)
+    entropy = -sum(
+        float(language.log_likelihood(part).sum())
+        for part in (*windows.split(AT_ONCE), tail)
+        if part is not None and len(part)
+    )
     digest = hashlib.sha256(f"{language.symbols} ".encode() + heldout.tobytes() + b" " + train.tobytes())
     return TokenData(
         train=train,
@@ -247,4 +254,5 @@ def hidden_markov(
         digest=digest.hexdigest(),
         name=f"hidden_markov/{language.states}x{language.symbols}",
         pieces=[f"{symbol} ".encode() for symbol in range(language.symbols)] + [b""],
+        heldout_entropy=entropy,
     )

@@ -78,6 +78,7 @@ class TokenData:
     pieces: list[bytes] = field(repr=False)  # the bytes that each id stands for
     train_answers: np.ndarray | None = None  # bool, as long as `train`; None: every token is scored
     heldout_answers: np.ndarray | None = None
+    heldout_entropy: float | None = None  # nats of `heldout` under its own language, where that is known
 
     @property
     def counted(self) -> float:

@@ -14,7 +14,8 @@ COLUMNS = [
     *("optimiser", "schedule", "learning_rate", "seed", "batch_tokens", "sequence_length", "tokens", "steps"),
     *("budget_flops", "flops", "flops_6nd", "flops_per_token"),
     *("params_total", "params_active", "params_non_embedding", "width", "depth", "state_bytes"),
-    *("bits_per_byte", "bits_per_byte_se", "bits_per_byte_data_se", "bits_per_byte_kind", "train_loss"),
+    *("bits_per_byte", "bits_per_byte_se", "bits_per_byte_data_se", "bits_per_byte_kind", "entropy_bits_per_byte"),
+    "train_loss",
     *("wall_seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "mfu"),
     *("device", "precision", "compiled", "versions", "started", "finished"),
 ]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import warnings
@@ -175,6 +176,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         "bits_per_byte_se": module.bits_per_byte_se,
         "bits_per_byte_data_se": module.bits_per_byte_data_se,
         "bits_per_byte_kind": "exact" if module.exact else "bound",
+        "entropy_bits_per_byte": data.heldout_entropy and data.heldout_entropy / math.log(2) / data.heldout_bytes,
         "train_loss": telemetry.train_loss,
         "wall_seconds": telemetry.wall_seconds,
         "train_seconds": telemetry.train_seconds,

@@ -61,8 +61,8 @@ def label(arm: ArmResult) -> str:
     return "\n".join(line for word in words for line in textwrap.wrap(word, 24))
 
 
-def loss_label(arms: Iterable[ArmResult]) -> str:
-    return "bits per byte (upper bound)" if {arm.bound for arm in arms} == {True} else "bits per byte"
+def loss_label(analysis: Analysis, arms: Iterable[ArmResult]) -> str:
+    return f"{analysis.loss} (upper bound)" if {arm.bound for arm in arms} == {True} else analysis.loss
 
 
 @rc_context(STYLE)
@@ -90,7 +90,7 @@ def frontier(rows: pd.DataFrame, analysis: Analysis) -> Figure:
             heights.append(held.bits_per_byte)
         if heights:
             ends.append((heights[-1], label(arm), style))
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=loss_label(arms))
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=loss_label(analysis, arms))
     held_out = max((arm.holdout.budget for arm in arms if arm.holdout), default=None)
     tick_budgets(axes, rows[rows.kind == "fit"].budget_flops, held_out)
     tick_values(axes)
@@ -150,7 +150,7 @@ def isoflop(rows: pd.DataFrame, analysis: Analysis, names: Sequence[str] | None 
         minima = [(m.params, m.bits_per_byte) for m in arm.minima if isinstance(m, Minimum) and m.params is not None]
         stars = {"marker": "*", "s": 70, "color": PAPER, "edgecolors": INK, "linewidths": 0.8, "zorder": 4}
         axes.scatter([x for x, _ in minima], [y for _, y in minima], **stars)
-        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=loss_label([arm]))
+        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=loss_label(analysis, [arm]))
         axes.set_title(label(arm).replace("\n", " "), color=style["color"])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(lambda x, _: count(x))
@@ -180,7 +180,9 @@ def tuning(rows: pd.DataFrame, analysis: Analysis, names: Sequence[str] | None =
         scatter_runs(axes, finished(rows, arm.name, "tune"), "learning_rate", s=26, zorder=3, **style)
         diverged = rows[(rows.kind == "tune") & (rows.arm == arm.name) & (rows.status == "diverged")].learning_rate
         axes.plot(diverged, [0.97] * len(diverged), "x", color=INK, transform=axes.get_xaxis_transform())
-        axes.set(xscale="log", yscale="log", xlabel="learning rate at the base width", ylabel=loss_label([arm]))
+        axes.set(
+            xscale="log", yscale="log", xlabel="learning rate at the base width", ylabel=loss_label(analysis, [arm])
+        )
         axes.set_title(label(arm).replace("\n", " "), color=style["color"])
         axes.set_xticks(rates)
         axes.xaxis.set_major_formatter("{x:g}")

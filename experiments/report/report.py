@@ -18,10 +18,11 @@ def write(sweep: Path) -> list[str]:
     A sweep that is not finished is reported as far as it is, and the missing cells are counted.
     """
     sweep = Path(sweep)
-    design, rows = read_design(sweep), ledger.read(sweep / "ledger.jsonl")
+    design, read = read_design(sweep), ledger.read(sweep / "ledger.jsonl")
+    rows = design.losses(read)
     said = sweep / "prediction.json"
     prediction = read_prediction(said) if said.exists() else None
-    analysis = analyse(rows, design, prediction, sweep)
+    analysis = analyse(read, design, prediction, sweep)
     write_json(sweep / "analysis.json", analysis)
     drawn = {
         "frontier": figures.frontier(rows, analysis),
@@ -36,7 +37,7 @@ def write(sweep: Path) -> list[str]:
         "multipliers": tables.multiplier_table(analysis),
         "holdout": tables.holdout_table(analysis),
         "minima": tables.minima_table(analysis),
-        "runs": rows.drop(columns=["versions"]),
+        "runs": read.drop(columns=["versions"]),
     }
     (sweep / "figures").mkdir(exist_ok=True)
     (sweep / "tables").mkdir(exist_ok=True)
@@ -44,7 +45,7 @@ def write(sweep: Path) -> list[str]:
         figure.savefig(sweep / "figures" / f"{name}.png", dpi=200)
     for name, table in written.items():
         table.to_csv(sweep / "tables" / f"{name}.csv", index=False)
-    scalars.write(sweep / "tensorboard", rows)
+    scalars.write(sweep / "tensorboard", read)
     path = sweep / "report.html"
     ledger.write_atomically(path, page.render(design, rows, analysis, prediction))
     return [*sentences(analysis), f"report: {path}"]

@@ -18,7 +18,7 @@ def sentences(analysis: Analysis) -> list[str]:
     """The findings, one sentence each: verdicts, arms, predictions against outcomes, then what to be wary of."""
     arms = analysis.arms.values()
     lines = [comparison.verdict.sentence for comparison in analysis.comparisons]
-    lines += [arm_sentence(arm) for arm in arms]
+    lines += [arm_sentence(arm, analysis.loss) for arm in arms]
     asked = (prediction_sentence(analysis), power_sentence(analysis), error_sentence(analysis))
     lines += [line for line in asked if line]
     return lines + [f"warning: {text}" for text in warnings(analysis)]
@@ -36,12 +36,12 @@ def warnings(analysis: Analysis) -> list[str]:
     return lines
 
 
-def arm_sentence(arm: ArmResult) -> str:
+def arm_sentence(arm: ArmResult, loss: str) -> str:
     """An arm's level and slope, and its prediction against the outcome."""
     law, held = arm.law, arm.holdout
     if isinstance(law, Refused):
         return f"{arm.name}: no scaling law, {law.refused}"
-    kind = "bits per byte (upper bound)" if arm.bound else "bits per byte"
+    kind = f"{loss} (upper bound)" if arm.bound else loss
     level = number(law.bits_per_byte_at_centre)
     line = f"{arm.name}: {level} {kind} at {number(law.centre_flops, 2)} FLOPs, slope {number(law.slope)}"
     if held and held.predicted:

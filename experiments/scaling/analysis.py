@@ -37,8 +37,12 @@ def analyse(
     rows: pd.DataFrame, design: Design, prediction: Prediction | None = None, folder: Path | None = None
 ) -> Analysis:
     """All that the report says. rows: of the ledger. folder: the sweep's, for the held-out nats of each run and for the
-    predictions of the sweeps beside it."""
-    reference = design.arms[0]
+    predictions of the sweeps beside it.
+
+    Raises:
+        ValueError: for rows without the loss that the design compares.
+    """
+    reference, rows = design.arms[0], design.losses(rows)
     paired = {
         arm: None if folder is None else paired_difference(rows, design, arm, reference, folder)
         for arm in design.arms[1:]
@@ -53,6 +57,7 @@ def analyse(
 
     status = rows.status.value_counts()
     return Analysis(
+        loss=design.loss,
         reference=reference,
         arms=arms,
         comparisons=tuple(against_reference(arm) for arm in design.arms[1:]),
@@ -86,11 +91,11 @@ def arm_result(
         tuning=tuned,
         best=best_run(runs),
         holdout=holdout.outcome(finished(rows, arm, "holdout"), design, forecast),
-        warnings=(*warnings, *_law_warnings(law, minima)),
+        warnings=(*warnings, *_law_warnings(law, minima, design)),
     )
 
 
-def _law_warnings(law: Law | Refused, minima: Sequence[Minimum | RefusedMinimum]) -> list[str]:
+def _law_warnings(law: Law | Refused, minima: Sequence[Minimum | RefusedMinimum], design: Design) -> list[str]:
     """What to be wary of in an arm's surface, each with its consequence."""
     warnings = [
         f"at {number(m.budget)} FLOPs there is no minimum among the sizes tried ({m.refused}): there the frontier "
@@ -100,7 +105,7 @@ def _law_warnings(law: Law | Refused, minima: Sequence[Minimum | RefusedMinimum]
     ]
     if isinstance(law, Refused):
         return warnings
-    if law.no_floor:
+    if law.no_floor and not design.above_entropy:
         warnings.append("the surface found no floor, as if loss fell to zero: extrapolations are too hopeful")
     if law.seed_spread is not None and law.spread > LARGE * law.seed_spread:
         warnings.append(

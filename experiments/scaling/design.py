@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Design:
     """arms: names, the reference first. budgets: the fitted ones in FLOPs, ascending, with those that were added.
     centre: the mean of ln budget of those first planned, at which the laws' levels are given: a budget that is added
     does not move the question. cells: the number planned and added. holdout_cells: by arm, (FLOPs, tokens) of each
-    held-out cell."""
+    held-out cell. above_entropy: the loss that is compared is the bits per byte above the entropy of the language."""
 
     name: str
     arms: tuple[str, ...]
@@ -68,6 +69,29 @@ class Design:
     corpus: Corpus
     commands: tuple[str, ...]
     holdout_cells: dict[str, tuple[tuple[float, float], ...]]
+    above_entropy: bool = False
+
+    @property
+    def loss(self) -> str:
+        """The loss that is compared, in words."""
+        return "bits per byte above the entropy" if self.above_entropy else "bits per byte"
+
+    def losses(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Returns rows of the ledger with that loss for their bits per byte.
+
+        Raises:
+            ValueError: for a run whose entropy is not known, or that does not lie above it.
+        """
+        if not self.above_entropy:
+            return rows
+        above = rows.bits_per_byte.astype(float) - rows.entropy_bits_per_byte.astype(float)
+        wrong = rows.id[(rows.status == "done") & ~(above > 0)]
+        if len(wrong):
+            raise ValueError(
+                f"run {wrong.iloc[0]} has no loss above the entropy: only a language whose entropy is known, such as "
+                "data=hidden_markov, can be compared by it, and only by runs that are worse than perfect"
+            )
+        return rows.assign(bits_per_byte=above)
 
     @classmethod
     def from_plan(cls, plan: dict) -> "Design":
@@ -89,6 +113,7 @@ class Design:
                 arm: tuple((cell["flops"], cell["tokens"]) for cell in held_out if cell["arm"] == arm)
                 for arm in plan["arms"]
             },
+            above_entropy=plan.get("settings", {}).get("above_entropy", False),
         )
 
 

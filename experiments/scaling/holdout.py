@@ -41,11 +41,11 @@ def predict(rows: pd.DataFrame, design: Design, written: str) -> Prediction:
     """What to expect of each arm at the held-out budget, from the surfaces of its fitted budgets alone.
 
     Raises:
-        ValueError: for a design without a held-out budget.
+        ValueError: for a design without a held-out budget, and rows without the loss that it compares.
     """
     if design.holdout_budget is None:
         raise ValueError(f"sweep {design.name} has no held-out budget: set sweep.holdout to have one predicted")
-    joint = join(rows, design, {})
+    joint = join(design.losses(rows), design, {})
     if isinstance(joint, Refused):
         return Prediction(written, design.holdout_budget, dict.fromkeys(design.arms, joint), ())
     candidates = alternatives(joint.fit)
@@ -152,7 +152,7 @@ def scores(root: Path) -> pd.DataFrame:
     found = []
     for path in sorted(root.glob("*/prediction.json")):
         design, prediction = read_design(path.parent), read_prediction(path)
-        rows = ledger.read(path.parent / "ledger.jsonl")
+        rows = design.losses(ledger.read(path.parent / "ledger.jsonl"))
         for arm, forecast in prediction.arms.items():
             runs = finished(rows, arm, "holdout")
             held = outcome(runs, design, forecast)

@@ -291,8 +291,10 @@ class CellCounts:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that a sweep's report says: every arm, and each but the first, the reference, against it."""
+    """All that a sweep's report says: every arm, and each but the first, the reference, against it. loss: what their
+    `bits_per_byte` are, in words."""
 
+    loss: str
     reference: str
     arms: dict[str, ArmResult]
     comparisons: tuple[Comparison, ...]

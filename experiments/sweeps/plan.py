@@ -13,7 +13,16 @@ from experiments.harness.identity import plain, run_of
 from experiments.scaling.design import Addition, Cell, Corpus, Design
 
 LAID_BLINDLY = 2  # fitted budgets whose sizes are laid around the guess N*, even where later ones are not
-SETTINGS = ("sizes", "span", "seeds", "holdout", "tuning", "recentre", "widen")  # by which cells are added
+SETTINGS = (
+    "sizes",
+    "span",
+    "seeds",
+    "holdout",
+    "tuning",
+    "recentre",
+    "widen",
+    "above_entropy",
+)  # by which cells are added
 FREE = ("commands", "additions")  # in which plans on disk and of a command may differ
 
 

@@ -176,6 +176,8 @@ def test_as_data_its_windows_are_independent_sequences_of_the_language():
     data = hidden_markov(LANGUAGE, sequence_length=32, train_tokens=10_000, heldout_tokens=32_000, seed=1)
     assert (len(data.train), len(data.heldout), data.heldout_bytes) == (10_000, 32_000, 32_000)
     assert (data.vocab_size, data.eot) == (7, 6) and max(data.train.max(), data.heldout.max()) < 6
+    whole = torch.from_numpy(data.heldout.astype("int64")).view(-1, 32)
+    assert math.isclose(data.heldout_entropy, -float(LANGUAGE.log_likelihood(whole).sum()), rel_tol=1e-12)
     windows_NT, tail = heldout_windows(data.heldout, 32)
     nats_N = -LANGUAGE.log_likelihood(windows_NT) / 32
     expected, error = LANGUAGE.entropy_per_token(32, 2000, generator())

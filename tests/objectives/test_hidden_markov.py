@@ -126,4 +126,5 @@ def test_a_small_trained_model_comes_near_the_true_entropy_and_not_below(make_co
     windows = torch.from_numpy(data.heldout.astype("int64")).view(-1, 32)
     entropy = -language.log_likelihood(windows).sum().item() / math.log(2) / data.heldout_bytes
     assert row["status"] == "done", row["error"]
+    assert row["entropy_bits_per_byte"] == pytest.approx(entropy, rel=1e-9)
     assert entropy - 3 * row["bits_per_byte_se"] - 0.01 < row["bits_per_byte"] < entropy + distance

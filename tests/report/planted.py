@@ -157,6 +157,7 @@ def comparison(arm: str, factor: float, outcome: str, effect: Estimate) -> Compa
 def analysis() -> Analysis:
     warning = "budget 3e10 has no minimum: its curve does not enter the parabolas, the law does not need it"
     return Analysis(
+        loss="bits per byte",
         reference=REFERENCE,
         arms={arm: arm_result(arm, rows(), (warning,) if arm == MASKED else ()) for arm in LEVELS},
         comparisons=(

@@ -69,4 +69,4 @@ def test_more_seeds_are_not_offered_where_no_number_of_them_is_enough():
 
 def test_an_arm_without_a_law_says_why():
     arm = replace(planted.analysis().arms[planted.HYBRID], law=Refused("2 budgets, 3 are needed"))
-    assert wording.arm_sentence(arm) == f"{planted.HYBRID}: no scaling law, 2 budgets, 3 are needed"
+    assert wording.arm_sentence(arm, "bits per byte") == f"{planted.HYBRID}: no scaling law, 2 budgets, 3 are needed"

@@ -27,6 +27,27 @@ def test_the_two_exponents_of_the_optimal_size_differ_where_6nd_is_not_what_was_
     assert law.size_exponent_6nd == pytest.approx(0.4 / (0.4 + 0.4 / 1.2), rel=1e-2)
 
 
+def test_above_a_known_entropy_the_surface_has_no_floor_and_the_multiplier_is_the_same(make_sweep):
+    sweep = make_sweep({"reference": {}, "new": {"multiplier": 1.4}})
+    sweep.rows["entropy_bits_per_byte"] = 1.2
+    sweep.plan["settings"] = {"above_entropy": True}
+    got = sweep.analyse(predict=True)
+    assert got.loss == "bits per byte above the entropy"
+    for arm in got.arms.values():
+        assert arm.law.floor.value < 2e-3 and not arm.warnings and arm.law.alpha.value == pytest.approx(0.4, rel=1e-2)
+        assert arm.holdout.predicted.value == pytest.approx(arm.holdout.bits_per_byte, rel=1e-2)
+    assert got.comparisons[0].centre.estimate.value == pytest.approx(1.4, rel=1e-2)
+
+
+@pytest.mark.parametrize("entropy", [None, 5.0])
+def test_runs_that_lie_above_no_known_entropy_are_refused(make_sweep, entropy):
+    sweep = make_sweep({"reference": {}, "new": {}})
+    sweep.rows["entropy_bits_per_byte"] = entropy
+    sweep.plan["settings"] = {"above_entropy": True}
+    with pytest.raises(ValueError, match="has no loss above the entropy"):
+        sweep.analyse()
+
+
 def test_edge_minima_are_said_with_their_consequence(make_sweep):
     new = make_sweep({"reference": {}, "new": {}}, shift=1.5).analyse().arms["new"]
     assert all(isinstance(m, RefusedMinimum) and "edge minimum" in m.refused for m in new.minima)
