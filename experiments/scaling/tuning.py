@@ -19,12 +19,14 @@ USUAL_SPREAD = 0.01  # of ln(bits per byte) of a run, where no fit says it
 
 @dataclass(frozen=True)
 class RateCurve:
-    """Runs of one budget and size that differ by their rate, by rate. x: ln rate, loss: ln(bits per byte)."""
+    """Runs of one budget and size that differ by their rate, by rate. x: ln rate, loss: ln(bits per byte), the mean of
+    `seeds` runs each."""
 
     budget: float
     params: int
     x: np.ndarray
     loss: np.ndarray
+    seeds: np.ndarray
 
     @property
     def best(self) -> int:
@@ -39,12 +41,13 @@ class RateCurve:
 @dataclass(frozen=True, eq=False)
 class RateOptimum:
     """The vertices of the curves that have one [G] with their covariance [G, G], at the ln of their budgets [G], and
-    their curvature. None of it is known where there is none."""
+    their curvature with its standard error."""
 
     budgets: np.ndarray
     x: np.ndarray
     covariance: np.ndarray
     curvature: float
+    curvature_error: float
 
     @property
     def chosen(self) -> float:
@@ -69,7 +72,8 @@ class RateOptimum:
         vertices = common + kept * (self.x - common) + own
         order = np.argsort(self.budgets)
         optimum = np.array([np.interp(log_flops, self.budgets[order], vertex[order]) for vertex in vertices])
-        return self.curvature * (optimum - self.chosen) ** 2
+        curvature = np.abs(rng.normal(self.curvature, self.curvature_error, (draws, 1)))
+        return curvature * (optimum - self.chosen) ** 2
 
 
 def rate_curves(rows: pd.DataFrame) -> list[RateCurve]:
@@ -81,9 +85,10 @@ def rate_curves(rows: pd.DataFrame) -> list[RateCurve]:
             continue
         worst = math.log(group.bits_per_byte.astype(float).max()) + 1.0
         loss = group.bits_per_byte.astype(float).map(math.log, na_action="ignore").where(group.status == "done", worst)
-        mean = loss.groupby(group.learning_rate.astype(float)).mean()
-        params = group.params_total.dropna()
-        curves.append(RateCurve(float(budget), int(params.iloc[0]), np.log(mean.index.to_numpy()), mean.to_numpy()))
+        by_rate = loss.groupby(group.learning_rate.astype(float))
+        x, params = np.log(np.array(list(by_rate.groups))), group.params_total.dropna()
+        mean, seeds = by_rate.mean().to_numpy(), by_rate.size().to_numpy()
+        curves.append(RateCurve(float(budget), int(params.iloc[0]), x, mean, seeds))
     return curves
 
 
@@ -93,17 +98,19 @@ def find_optimum(curves: list[RateCurve], spread: float = USUAL_SPREAD) -> RateO
     inside = [curve for curve in curves if not curve.at_edge]
     if not inside:
         return None
-    rows, targets = [], []
+    rows, targets, seeds = [], [], []
     for i, curve in enumerate(inside):
         near = np.abs(curve.x - curve.x[curve.best]) <= WINDOW
         near[curve.best - 1 : curve.best + 2] = True
-        for x, loss in zip(curve.x[near] - curve.x[curve.best], curve.loss[near], strict=True):
+        for x in curve.x[near] - curve.x[curve.best]:
             row = np.zeros(2 * len(inside) + 1)
             row[2 * i : 2 * i + 2], row[-1] = (1, x), x**2
             rows.append(row)
-            targets.append(loss)
-    design = np.array(rows)
-    constants = np.linalg.lstsq(design, np.array(targets), rcond=None)[0]
+        targets.append(curve.loss[near])
+        seeds.append(curve.seeds[near])
+    weights = np.sqrt(np.concatenate(seeds))
+    design = np.array(rows) * weights[:, None]
+    constants = np.linalg.lstsq(design, np.concatenate(targets) * weights, rcond=None)[0]
     covariance, curvature = np.linalg.pinv(design.T @ design) * spread**2, float(constants[-1])
     if curvature <= 0:  # impossible with one curve; noise may do it with several
         return find_optimum(inside[-1:], spread) if len(inside) > 1 else None
@@ -119,6 +126,7 @@ def find_optimum(curves: list[RateCurve], spread: float = USUAL_SPREAD) -> RateO
         x=vertices + np.array([curve.x[curve.best] for curve in inside]),
         covariance=by_constant @ covariance @ by_constant.T,
         curvature=curvature,
+        curvature_error=math.sqrt(covariance[-1, -1]),
     )
 
 

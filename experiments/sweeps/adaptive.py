@@ -56,16 +56,16 @@ def _rates_of(plan: Plan, arm: Arm, rows: pd.DataFrame) -> tuple[str, list[Cell]
             why = (
                 f"{where}: around what smaller budgets found" if best else f"{where}: the grid, smaller budgets failed"
             )
-            return why, [arm.cell("tune", budget, width, settings["seed"], rate) for rate in rates]
+            return why, [arm.cell("tune", budget, width, seed, rate) for rate in rates for seed in settings["seeds"]]
         curves = rate_curves(mine[np.isclose(mine.budget_flops.astype(float), budget)])
-        steps = len(tried) - (len(grid) if number == 0 else 3)
+        steps = len({cell.learning_rate for cell in tried}) - (len(grid) if number == 0 else 3)
         if missing_cells(plan, {arm.name: arm}, rows, tried) or not curves or not curves[0].at_edge:
             continue
         if steps < settings.get("widen", STEPS):
             best = math.exp(curves[0].x[curves[0].best])
             rate = float(f"{best * step if curves[0].at_edge == 'highest' else best / step:.3g}")
             why = f"{where}: {rate:g}, since {best:g}, the {curves[0].at_edge} tried, is best"
-            return why, [arm.cell("tune", budget, tried[0].width, settings["seed"], rate)]
+            return why, [arm.cell("tune", budget, tried[0].width, seed, rate) for seed in settings["seeds"]]
     return "", []
 
 
@@ -109,7 +109,7 @@ def _sizes_beyond(plan: Plan, arm: Arm, budget: float, rows: pd.DataFrame) -> tu
         return "", []
     best, tried = int(loss.idxmin()), sorted(loss.index)
     first = next(found for group in plan.groups if (found := _widths(group, arm.name, budget)))
-    factor = plan.settings["span"] ** (2 / max(1, plan.settings["sizes"] - 1))
+    factor = plan.settings["span"] ** (2 / max(1, (arm.sizes or plan.settings["sizes"]) - 1))
     for side, end, extra, way in (
         ("smallest", tried[0], sum(width < min(first) for width in tried), 1 / factor),
         ("largest", tried[-1], sum(width > max(first) for width in tried), factor),
@@ -139,7 +139,8 @@ def lay(plan: Plan, arm: Arm, kind: str, budget: float, rows: pd.DataFrame) -> l
     """The cells of a budget around the optimum that an arm's finished runs put there, or around N* without such."""
     settings = plan.settings["holdout"] if kind == "holdout" else plan.settings
     centre = optimum(finished(rows, arm.name, "fit"), budget) or arm.optimum(budget)
-    widths = arm.widths(centre, settings["sizes"], settings["span"])
+    sizes = arm.sizes if kind == "fit" and arm.sizes else settings["sizes"]
+    widths = arm.widths(centre, sizes, settings["span"])
     return _possible(arm, kind, budget, widths, plan.settings["seeds"])
 
 

@@ -84,7 +84,7 @@ class Arm:
     """A backbone under an objective: its config, and models of it near a given size.
 
     Args:
-        spec: arch, objective and, where wanted, name, tokens_per_parameter and further overrides.
+        spec: arch, objective and, where wanted, name, tokens_per_parameter, sizes and further overrides.
         tokens_per_parameter: where the spec has none of its own.
         compose: overrides -> the config of a run with its session.
     """
@@ -98,6 +98,7 @@ class Arm:
     ):
         self.name = spec.get("name", f"{spec.arch}+{spec.objective}")
         self.tokens_per_parameter = spec.get("tokens_per_parameter", tokens_per_parameter)
+        self.sizes: int | None = spec.get("sizes")
         self.config = compose([f"arch={spec.arch}", f"objective={spec.objective}", *spec.get("overrides", [])])
         self.config.session.arm = self.name
         self.data, self.measured, self.ids = data, {}, {}
@@ -187,8 +188,9 @@ def make_cells(arm: Arm, sweep: DictConfig) -> list[Cell]:
             width = arm.widths(arm.optimum(budget), 1, 1)[0]
             middle = rates[len(rates) // 2]
             for rate in rates if number == 0 else around(middle, rates):
-                cells.append(arm.cell("tune", budget, width, sweep.tuning.seed, rate))
-    stages = [("fit", budget, sweep.sizes, sweep.span) for budget in sorted(map(float, sweep.budgets))]
+                cells += [arm.cell("tune", budget, width, seed, rate) for seed in sweep.tuning.seeds]
+    sizes = arm.sizes or sweep.sizes
+    stages = [("fit", budget, sizes, sweep.span) for budget in sorted(map(float, sweep.budgets))]
     if sweep.holdout:
         stages.append(("holdout", float(sweep.holdout.budget), sweep.holdout.sizes, sweep.holdout.span))
     for kind, budget, sizes, span in stages:
@@ -216,7 +218,7 @@ def check(sweep: DictConfig) -> None:
     """
     Raises:
         ValueError: for budgets that are not positive and distinct, a held-out budget that is not the largest, tuning
-            without budgets or rates, and noise that is not positive.
+            without budgets, rates or seeds, and noise that is not positive.
     """
     if not sweep.noise > 0:
         raise ValueError(
@@ -231,11 +233,11 @@ def check(sweep: DictConfig) -> None:
             f"{budgets[-1]:.3g}"
         )
     if sweep.tuning:
-        for name, least in (("budgets", 1), ("learning_rates", 2)):
+        for name, least, above in (("budgets", 1, 0), ("learning_rates", 2, 0), ("seeds", 1, -1)):
             values = [float(value) for value in sweep.tuning.get(name) or ()]
-            if len(set(values)) < max(least, len(values)) or min(values) <= 0:
+            if len(set(values)) < max(least, len(values)) or min(values) <= above:
                 raise ValueError(
-                    f"sweep.tuning.{name}={values} must be at least {least}, positive and different; "
+                    f"sweep.tuning.{name}={values} must be at least {least}, above {above} and different; "
                     "sweep.tuning=null tunes nothing"
                 )
 

@@ -63,6 +63,27 @@ def test_optima_that_differ_between_budgets_cost_both_and_one_budget_says_that_i
     assert any("tuned at one budget" in text for text in describe(runs({1e11: 0.007}), (1e11, 4e11), 0.01)[1])
 
 
+@pytest.mark.parametrize("noise", [0.003, 0.01])
+def test_what_the_error_of_the_rate_costs_is_seldom_more_than_is_said(noise):
+    budgets, inside = (1e11, 4e11), []
+    for seed in range(100):
+        rows = runs(dict.fromkeys(budgets, 0.007), curvature=0.03, noise=noise, seed=seed)
+        optimum = find_optimum(rate_curves(rows), noise)
+        if optimum is not None:
+            said = np.quantile(optimum.excess(np.log(budgets), np.random.default_rng(0), 1000), 0.975, axis=0)
+            inside.append(0.03 * (optimum.chosen - math.log(0.007)) ** 2 <= said.max())
+    assert np.mean(inside) >= 0.87
+
+
+def test_two_seeds_of_every_rate_know_the_optimum_better():
+    one = runs({1e11: 0.007})
+    two = pd.concat([one, one])
+    single, double = (find_optimum(rate_curves(rows), 0.01) for rows in (one, two))
+    assert double.x == pytest.approx(single.x)
+    assert double.covariance == pytest.approx(single.covariance / 2)
+    assert double.curvature_error == pytest.approx(single.curvature_error / math.sqrt(2))
+
+
 @pytest.mark.parametrize("repeats", [100])
 def test_the_interval_of_an_optimum_covers_it(repeats):
     noise, inside = 0.003, 0

@@ -44,6 +44,18 @@ def test_the_rates_stop_after_as_many_steps_as_are_allowed_and_the_reason_is_wri
     assert {cell.learning_rate for cell in second.cells} == {0.08}
 
 
+def test_every_rate_is_tried_with_every_seed_and_counts_as_one_step():
+    sweep = Untrained(rate=0.03, noise=0.0005, tuning=SWEEP["tuning"] | {"seeds": [1000, 1001]})
+    sweep.carry_out("tune", further_rates)
+    for budget in SWEEP["tuning"]["budgets"]:
+        cells = sweep.plan.select("tune", "arm0", budget)
+        rates = {cell.learning_rate for cell in cells}
+        assert {(cell.learning_rate, cell.seed) for cell in cells} == {(r, s) for r in rates for s in (1000, 1001)}
+    assert len({cell.learning_rate for cell in sweep.plan.select("tune", "arm0", 3e10)}) == 6, (
+        "0.04 and 0.08 were added"
+    )
+
+
 def test_a_sweep_without_tuning_adds_no_rates():
     sweep = Untrained(tuning=None)
     assert further_rates(sweep.plan, sweep.arms, sweep.rows) is None
@@ -75,6 +87,13 @@ def test_later_budgets_are_laid_around_what_smaller_ones_found(sizes):
         assert (laid[0] + laid[-1]) / 2 == pytest.approx(math.log(2 * math.sqrt(budget / 300)), abs=0.2)
     assert held_out_sizes(sweep.plan, sweep.arms, sweep.rows) is None
     assert sweep.plan.additions[-1].stage == "held-out sizes"
+
+
+def test_an_arm_may_have_its_own_number_of_sizes():
+    sweep = Untrained(noise=0.0, tuning=None, holdout=None, fewer={"arm1": 3})
+    sweep.carry_out("fit", further_sizes)
+    counts = {arm: [len(sweep.plan.select("fit", arm, budget)) for budget in sweep.plan.budgets] for arm in sweep.arms}
+    assert counts == {"arm0": [6] * 4, "arm1": [3] * 4}
 
 
 def test_without_recentring_and_widening_all_is_planned_at_the_beginning():

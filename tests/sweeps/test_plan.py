@@ -25,7 +25,7 @@ SWEEP = {
     "tokens_per_parameter": 2,
     "holdout": {"budget": 8e9, "sizes": 2, "span": 2},
     "seeds": [0, 1],
-    "tuning": {"budgets": [1e9], "learning_rates": [0.01, 0.02], "seed": 1000},
+    "tuning": {"budgets": [1e9], "learning_rates": [0.01, 0.02], "seeds": [1000]},
     "noise": 0.01,
     "recentre": False,
     "widen": 0,

@@ -33,7 +33,7 @@ ONE_ARM = "sweep.arms=[{arch:transformer,objective:next_token}]"
 SMALL = [
     "sweep=quickstart", "hydra/launcher=basic", "sweep.budgets=[4e7,8e7]", "sweep.sizes=3", "sweep.span=4",
     "sweep.holdout={budget:1.6e8,sizes:2,span:2}", "sweep.tokens_per_parameter=0.5", "data.sequence_length=32",
-    "sweep.tuning={budgets:[4e7],learning_rates:[0.01,0.02],seed:1000,widen:0}", "data=hidden_markov",
+    "sweep.tuning={budgets:[4e7],learning_rates:[0.01,0.02],seeds:[1000],widen:0}", "data=hidden_markov",
     "sweep.recentre=false", "sweep.widen=0",
     "data.tokens.train_tokens=65536", "data.tokens.heldout_tokens=512", "data.allow_repeats=true",
     "budget.batch_tokens=512",
@@ -183,7 +183,7 @@ def sweep_without_training(folder):
 
 ADAPTIVE = [
     "sweep.recentre=true", "sweep.widen=2", "sweep.budgets=[2e7,4e7,8e7]", "sweep.sizes=3",
-    "sweep.tuning={budgets:[2e7,8e7],learning_rates:[0.01,0.02],seed:1000,widen:1}", "until=multiplier within 12 %",
+    "sweep.tuning={budgets:[2e7,8e7],learning_rates:[0.01,0.02],seeds:[1000],widen:1}", "until=multiplier within 12 %",
     "limit.flops=1e9",
 ]  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_a_cell_that_diverges_or_crashes_does_not_stop_the_others(sweep, tmp_pat
         return original(run, *rest)
 
     settings = [
-        ONE_ARM, "sweep.holdout=null", "sweep.tuning={budgets:[4e7],learning_rates:[0.01,1e30],seed:1000}",
+        ONE_ARM, "sweep.holdout=null", "sweep.tuning={budgets:[4e7],learning_rates:[0.01,1e30],seeds:[1000]}",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_train", crash_once)

@@ -15,15 +15,15 @@ from experiments.sweeps.plan import SETTINGS, Arm, Plan, known_first, make_cells
 SWEEP = {
     "name": "untrained", "budgets": [3e10, 6e10, 1.2e11, 2.4e11], "sizes": 6, "span": 3, "seeds": [0],
     "holdout": {"budget": 9.6e11, "sizes": 3, "span": 2}, "recentre": True, "widen": 3,
-    "tuning": {"budgets": [3e10, 2.4e11], "learning_rates": [0.0025, 0.005, 0.01, 0.02], "seed": 1000, "widen": 4},
+    "tuning": {"budgets": [3e10, 2.4e11], "learning_rates": [0.0025, 0.005, 0.01, 0.02], "seeds": [1000], "widen": 4},
 }  # fmt: skip
 
 
 class UntrainedArm(Arm):
     """An arm of models of 48 width^2 parameters, each of six FLOPs per token, in a corpus of `corpus` tokens."""
 
-    def __init__(self, name, corpus=math.inf):
-        self.name, self.tokens_per_parameter, self.corpus = name, 50, corpus
+    def __init__(self, name, corpus=math.inf, sizes=None):
+        self.name, self.tokens_per_parameter, self.sizes, self.corpus = name, 50, sizes, corpus
         self.config = OmegaConf.create({"arch": {"width_multiple": 2}, "objective": {"name": "next_token"}})
 
     def params(self, width):
@@ -44,13 +44,19 @@ class Untrained:
     """A sweep in memory, and the runs it has launched.
 
     off: the optimal number of parameters over the planned one. rate: the best learning rate. multipliers: by arm, the
-    first is the reference. noise: of ln(loss). failing: of a cell, whether it fails.
+    first is the reference. noise: of ln(loss). failing: of a cell, whether it fails. fewer: sizes of an arm that has
+    its own number of them.
     """
 
-    def __init__(self, off=1.0, rate=0.008, multipliers=(1.0, 1.2), noise=0.005, seed=0, failing=None, **changes):
+    def __init__(
+        self, off=1.0, rate=0.008, multipliers=(1.0, 1.2), noise=0.005, seed=0, failing=None, fewer=None, **changes
+    ):
         self.off, self.rate, self.noise, self.rng = off, rate, noise, np.random.default_rng(seed)
         self.failing = failing or (lambda cell: False)
-        self.arms = {f"arm{i}": UntrainedArm(f"arm{i}") for i in range(len(multipliers))}
+        self.arms = {
+            name: UntrainedArm(name, sizes=(fewer or {}).get(name))
+            for name in (f"arm{i}" for i in range(len(multipliers)))
+        }
         self.multipliers = dict(zip(self.arms, multipliers, strict=True))
         sweep = OmegaConf.create(SWEEP | changes)
         self.rows = pd.DataFrame([], columns=ledger.COLUMNS)
