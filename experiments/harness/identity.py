@@ -15,7 +15,10 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from experiments.harness.origin import code_digest
+
 SESSION = "session"
+OLDER = ("refuse", "accept", "replace")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Session:
 
     root: the run lies in <root>/cells/<id>, its row in <root>/ledger.jsonl.
     kind, arm: labels, by which a sweep finds its runs.
+    older: what is done with a result of other code or data: "refuse" it, "accept" it as it is, or "replace" it, which
+        puts it aside.
     checkpoint_seconds: time between checkpoints.
     progress: whether to show a progress bar where standard output is a terminal.
     """
@@ -31,8 +36,13 @@ class Session:
     root: Path
     kind: str
     arm: str
+    older: str
     checkpoint_seconds: float
     progress: bool
+
+    def __post_init__(self) -> None:
+        if self.older not in OLDER:
+            raise ValueError(f"session.older={self.older!r} must be one of {', '.join(OLDER)}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,11 @@ class Run:
     def id(self) -> str:
         """Hash of the identity, 12 hex digits."""
         return run_id(self.config)
+
+    @functools.cached_property
+    def code(self) -> str:
+        """Digest of the code that its result depends on."""
+        return code_digest(plain(self.config))
 
     @property
     def folder(self) -> Path:
@@ -94,7 +109,7 @@ def run_id(config: DictConfig) -> str:
 
 def find_weights(init_from: str, root: Path) -> tuple[Path, str]:
     """The folder that `init_from` names, a run's id in <root>/cells or any folder with weights, and what stands for
-    these weights in an identity: the id of the run that made them, or a digest of the files.
+    these weights in an identity: the run that made them with the digest of its code, or a digest of the files.
 
     Raises:
         ValueError: when there are no weights.
@@ -104,7 +119,8 @@ def find_weights(init_from: str, root: Path) -> tuple[Path, str]:
         if files:
             row = folder / "row.json"
             if row.exists():
-                return folder, json.loads(row.read_text())["id"]
+                made = json.loads(row.read_text())
+                return folder, "-".join(filter(None, (made["id"], made.get("code"))))
             files += [path for path in [folder / "config.json"] if path.exists()]  # a public checkpoint's
             return folder, digest(tuple(files), tuple(path.stat().st_mtime_ns for path in files))
     raise ValueError(

@@ -17,7 +17,7 @@ COLUMNS = [
     *("bits_per_byte", "bits_per_byte_se", "bits_per_byte_data_se", "bits_per_byte_kind", "entropy_bits_per_byte"),
     "train_loss",
     *("wall_seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "mfu"),
-    *("device", "precision", "compiled", "versions", "started", "finished"),
+    *("device", "precision", "compiled", "code", "commit", "versions", "started", "finished"),
 ]
 NEEDED = ["id", "status", "kind", "arm"]  # a row of an older version may lack others
 
@@ -75,3 +75,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def commits(rows: pd.DataFrame) -> str:
+    """Returns in words which commits rows are of."""
+    known = sorted({str(name) for name in rows.commit.dropna()})
+    names = [f"commit {name}" for name in known] + (["no known commit"] if rows.commit.isna().any() else [])
+    return ", ".join(names)

@@ -23,11 +23,13 @@ from experiments.harness import hardware, ledger
 from experiments.harness.assembly import Prepared, build_model, open_data, prepare_run
 from experiments.harness.data_module import DataModule
 from experiments.harness.identity import Run
+from experiments.harness.origin import Origin, commit, older_name
 from experiments.harness.telemetry import Diverged, Telemetry
 from experiments.harness.training_module import TrainingModule
 from experiments.harness.weights import begin_from, save_weights
 
 log = logging.getLogger(__name__)
+ORIGIN = "origin.json"  # by what a run was begun
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
@@ -38,15 +40,32 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
     its last checkpoint. Divergence and crashes give a row that says so.
 
     Raises:
-        ValueError: for a config that cannot be run (see `prepare_run`); nothing is written.
+        ValueError: for a config that cannot be run (see `prepare_run`); nothing is written. For a result, or a
+            checkpoint, that other code or other data made, unless session.older says what to do with it.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(run.folder / "lock"), running(run.folder / "running"):
-        if row := finished(run):
-            return row
         config = run.config
         data = open_data(config) if data is None else data
+        origin = Origin(run.code, commit(), data.digest)
+        row, begun = finished(run), Origin.read(run.folder / ORIGIN)
+        if row and begun and Origin.of_row(row).differences(begun):
+            row = None  # it was put aside, and what replaces it was stopped
+        if (made := Origin.of_row(row) if row else begun) and (other := made.differences(origin)):
+            if run.session.older == "refuse":
+                what = "was made by" if row else "was begun by"
+                raise ValueError(
+                    f"run {run.id} in {run.folder} {what} {other}: session.older=accept takes it as it is, "
+                    "session.older=replace puts it aside and makes it again"
+                )
+            if run.session.older == "replace":
+                put_aside(run)
+                row = begun = None
+        if row:
+            return row
         prepared = prepare_run(config, data)
+        if begun is None:
+            origin.write(run.folder / ORIGIN)
         row = {
             "id": run.id,
             "kind": run.session.kind,
@@ -57,6 +76,8 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
             "budget_flops": config.budget.flops,
             "width": config.arch.width,
             "learning_rate": prepared.measured.optimiser.learning_rate,
+            "code": (begun or origin).code,  # that of its beginning, where an older one was accepted
+            "commit": (begun or origin).commit,
         }
         row |= {name: config[name].name for name in ("arch", "objective", "data")}
         try:
@@ -83,8 +104,19 @@ def running(marker: Path):
         marker.unlink(missing_ok=True)
 
 
+def put_aside(run: Run) -> None:
+    """Move what lies in the run's folder, of other code or data, into a folder of its own beside it. The row stays in
+    the ledger until another of the same id follows it."""
+    aside = older_name(run.folder)
+    aside.mkdir()
+    for path in run.folder.iterdir():
+        if path.name not in ("lock", "running", "cell.yaml"):
+            path.rename(aside / path.name)
+
+
 def finished(run: Run) -> dict | None:
-    """The row of a run that is done or diverged, which is its result; a failed one is tried again."""
+    """The row of a run that is done or diverged, which is its result; a failed one is tried again, and so is one whose
+    result is no number."""
     rows = ledger.read(run.ledger)
     rows = rows[rows.id == run.id]
     known = rows.astype(object).mask(rows.isna(), None).to_dict("records")
@@ -94,7 +126,10 @@ def finished(run: Run) -> dict | None:
         if row["status"] != "failed":
             ledger.append(run.ledger, row)
             known = [row]
-    return known[0] if known and known[0]["status"] != "failed" else None
+    if not known or known[0]["status"] == "failed":
+        return None
+    bits = known[0]["bits_per_byte"]
+    return None if known[0]["status"] == "done" and not (bits and math.isfinite(bits)) else known[0]
 
 
 def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:

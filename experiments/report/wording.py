@@ -33,7 +33,7 @@ def warnings(analysis: Analysis) -> list[str]:
             f"of {cells.planned} cells {cells.missing} are missing, {cells.diverged} diverged, {cells.failed} failed: "
             "the laws are those of the others; start the same command again to run what is missing or failed"
         )
-    return lines
+    return [*lines, *analysis.warnings]
 
 
 def arm_sentence(arm: ArmResult, loss: str) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from experiments.findings import Refused, number
 from experiments.fits.isoflop import Curve, Flat, NoMinimum
+from experiments.harness.ledger import commits
 from experiments.scaling import holdout, tuning
 from experiments.scaling.arm_runs import budget_curves, finished, lowest_by_budget
 from experiments.scaling.compare import compare_arms, paired_difference
@@ -61,8 +62,21 @@ def analyse(
         reference=reference,
         arms=arms,
         comparisons=tuple(against_reference(arm) for arm in design.arms[1:]),
+        warnings=_version_warnings(rows),
         cells=CellCounts(design.cells, *(int(status.get(word, 0)) for word in ("done", "diverged", "failed"))),
         record=None if folder is None else holdout.record(folder.parent),
+    )
+
+
+def _version_warnings(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A warning where arms, or runs of an arm, were not made by the same code."""
+    done = rows[rows.status == "done"]
+    by_arm = done.astype({"code": str, "commit": str}).groupby("arm")
+    if (by_arm.code.nunique() < 2).all() and by_arm.commit.agg(frozenset).nunique() < 2:
+        return ()
+    return (
+        f"the runs were made by several versions of the code ({commits(done)}): what changed between them is part of "
+        "the comparison",
     )
 
 

@@ -298,6 +298,7 @@ class Analysis:
     reference: str
     arms: dict[str, ArmResult]
     comparisons: tuple[Comparison, ...]
+    warnings: tuple[str, ...]
     cells: CellCounts
     record: PredictionRecord | None
 

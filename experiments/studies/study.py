@@ -22,6 +22,7 @@ from experiments.data.token_data import TokenData
 from experiments.findings import Verdict, jsonable, write_json
 from experiments.harness.assembly import open_data
 from experiments.harness.identity import Run
+from experiments.harness.origin import code_digest
 from experiments.harness.run import execute
 from experiments.harness.weights import FinishedRun, load_run
 
@@ -145,7 +146,8 @@ def rows_of(
     line = cell.labels | {column: row[column] for column in KEPT}
     if row["status"] != "done":
         return [line]
-    text = json.dumps([jsonable(cell.labels), OmegaConf.to_container(settings, resolve=True)], sort_keys=True)
+    code = code_digest({}, type(study).__module__)
+    text = json.dumps([jsonable(cell.labels), OmegaConf.to_container(settings, resolve=True), code], sort_keys=True)
     kept = cell.run.folder / f"measured-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if not kept.exists():
         data_settings = json.dumps(OmegaConf.to_container(cell.run.config.data, resolve=True), sort_keys=True)

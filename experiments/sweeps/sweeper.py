@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
 from experiments.harness.assembly import open_data
+from experiments.harness.identity import run_of
+from experiments.harness.origin import commit, older_name
 from experiments.report import report
 from experiments.scaling.analysis import analyse
 from experiments.scaling.design import Addition, Cell
@@ -41,7 +43,8 @@ class Sweep:
         arguments: of the command, for the plan to say what made it.
 
     Raises:
-        ValueError: for a plan that cannot be made, or that differs from the one in the sweep's folder.
+        ValueError: for a plan that cannot be made, or that differs from the one in the sweep's folder, and for runs
+            there that other code made.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Sweep:
         command = shlex.join(["python", "-m", "experiments.sweep", *arguments])
         self.plan = make_plan(self.settings, arms, data, command)
         if not self.settings.dry_run:
+            self.check_code(run.session.older)
             self.read_plan()
 
     def run(self) -> None:
@@ -86,10 +90,30 @@ class Sweep:
         self.predict()
         self.run_missing("held-out budget", self.plan.select("holdout"))
         if not self.launched:
-            count = sum(map(len, self.plan.groups))
-            self.console.print(f"nothing to train: all {count} cells of {self.folder} were finished before")
+            cells = sum(map(len, self.plan.groups))
+            self.console.print(f"nothing to train: all {cells} cells of {self.folder} were finished before")
         for line in report.write(self.folder):
             self.console.print(line, markup=False)
+
+    def check_code(self, older: str) -> None:
+        """Refuse what other code made in the sweep's folder, accept it, or put the whole folder aside.
+
+        Raises:
+            ValueError: where it is refused.
+        """
+        now = {name: run_of(arm.config).code for name, arm in self.arms.items()}
+        rows = ledger.read(self.ledger)
+        rows = rows[rows.status.isin(["done", "diverged"]) & rows.arm.isin(list(now))]
+        others = rows[rows.code != rows.arm.map(now)]
+        if others.empty or older == "accept":
+            return
+        if older == "refuse":
+            raise ValueError(
+                f"{len(others)} of {len(rows)} runs in {self.folder} were made by other code "
+                f"({ledger.commits(others)}; now {commit() or 'no commit'}): session.older=accept goes on with them, "
+                "session.older=replace puts the folder aside and begins anew"
+            )
+        self.folder.rename(older_name(self.folder))
 
     def read_plan(self) -> None:
         """Take over what was added to the plan in the folder.

@@ -164,6 +164,7 @@ def analysis() -> Analysis:
             comparison(HYBRID, 1.25, "cannot tell", Estimate(1.22, 0.93, 1.61)),
             comparison(MASKED, 1.4, "worse", Estimate(0.031, 0.019, 0.048)),
         ),
+        warnings=(),
         cells=CellCounts(82, 80, 1, 0),
         record=PredictionRecord(9, 8),
     )

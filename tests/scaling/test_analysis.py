@@ -48,6 +48,25 @@ def test_runs_that_lie_above_no_known_entropy_are_refused(make_sweep, entropy):
         sweep.analyse()
 
 
+@pytest.mark.parametrize(
+    ("codes", "commits", "warned"),
+    [(("a", "b"), ("1", "1"), False), (("a", "b"), ("1", "2"), True), ((None, None), (None, None), False)],
+)
+def test_arms_of_several_versions_of_the_code_are_said(make_sweep, codes, commits, warned):
+    sweep = make_sweep({"reference": {}, "new": {}})
+    for column, (reference, new) in {"code": codes, "commit": commits}.items():
+        sweep.rows[column] = sweep.rows.arm.map({"reference": reference, "new": new})
+    assert bool(sweep.analyse().warnings) == warned
+
+
+def test_an_arm_of_runs_of_two_versions_is_said_with_their_commits(make_sweep):
+    sweep = make_sweep({"reference": {}, "new": {}})
+    sweep.rows["code"] = ["a", "b"] * (len(sweep.rows) // 2)
+    sweep.rows["commit"] = ["1f", None] * (len(sweep.rows) // 2)
+    (warning,) = sweep.analyse().warnings
+    assert "several versions of the code (commit 1f, no known commit)" in warning
+
+
 def test_edge_minima_are_said_with_their_consequence(make_sweep):
     new = make_sweep({"reference": {}, "new": {}}, shift=1.5).analyse().arms["new"]
     assert all(isinstance(m, RefusedMinimum) and "edge minimum" in m.refused for m in new.minima)

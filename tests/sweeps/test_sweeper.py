@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import sweep as command
-from experiments.harness import ledger
+from experiments.harness import identity, ledger
 from experiments.harness import run as run_module
 from experiments.harness.identity import load_config, run_of
 from experiments.harness.telemetry import Telemetry
@@ -94,7 +94,7 @@ def without_training(run):
         "params_total": cell["params"], "tokens": cell["tokens"], "learning_rate": rate, "seed": cell["seed"],
         "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": "exact", "wall_seconds": 1.0,
         "train_seconds": 1.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1.0, "state_bytes": 1.0,
-        "device": "none", "versions": {}, "started": "", "finished": str(time.time()),
+        "device": "none", "code": run.code, "versions": {}, "started": "", "finished": str(time.time()),
     })  # fmt: skip
     return {}
 
@@ -230,6 +230,23 @@ def test_another_plan_is_refused_with_the_difference(sweep, tmp_path, capsys):
     said = str(error.value)
     assert "holds another plan" in said and "cells:" in said and "sweep.name" in said
     assert (tmp_path / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.thorough
+def test_runs_of_other_code_are_refused_accepted_or_put_aside(sweep, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "mine"
+    settings = [ONE_ARM, "sweep.tuning=null", "sweep.holdout=null", "sweep.budgets=[4e7]", f"session.root={folder}"]
+    sweep(*settings)
+    before = ledger.read(folder / "ledger.jsonl")
+    monkeypatch.setattr(identity, "code_digest", lambda config: "0" * 12)
+    with pytest.raises(
+        SystemExit, match=r"error: 3 of 3 runs in .*mine were made by other code .*session.older=accept"
+    ):
+        sweep(*settings)
+    assert "nothing to train: all 3 cells" in sweep(*settings, "session.older=accept")
+    sweep(*settings, "session.older=replace")
+    assert ledger.read(folder / "ledger.jsonl").code.tolist() == ["0" * 12] * 3
+    assert ledger.read(tmp_path / "mine.older-1" / "ledger.jsonl").code.tolist() == before.code.tolist()
 
 
 def test_a_dry_run_prints_the_cells_and_runs_nothing(sweep, tmp_path):
