@@ -5,7 +5,6 @@ python -m experiments.anatomy 'archs=[gpt2,qwen3_next]' arch.width=256
 Nothing is trained and no weight is made: the models are built on the meta device.
 """
 
-import sys
 from pathlib import Path
 
 import hydra
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 from archs.costs import costs
 from archs.visibility import BIDIRECTIONAL, CAUSAL
 from experiments import CONFIGS
+from experiments.terminal import command, nearest
 
 ARCHS = Path(CONFIGS) / "arch"
 
@@ -26,8 +26,10 @@ def anatomy(config: DictConfig, length: int) -> dict:
     """Costs of one arch at one length: counts of parameters, forward FLOPs per token, bytes of one sequence's state.
 
     Raises:
-        ValueError: for a visibility that the arch cannot do.
+        ValueError: for a length below 1, and a visibility that the arch cannot do.
     """
+    if length < 1:
+        raise ValueError(f"lengths={length} must be at least 1 token")
     visibility = {"causal": CAUSAL, "bidirectional": BIDIRECTIONAL}.get(config.visibility)
     if visibility is None:
         raise ValueError(f"visibility={config.visibility} must be causal or bidirectional")
@@ -61,19 +63,16 @@ def table(names: list[str], lengths: list[int], overrides: list[str]) -> pd.Data
     return pd.DataFrame(rows)[sorted(columns, key=lambda c: ("flops" in c, "state" in c) > (False, False))]
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="anatomy")
+@command("anatomy")
 def main(config: DictConfig) -> None:
     known = sorted(path.stem for path in ARCHS.glob("*.yaml"))
     chosen = HydraConfig.get().runtime.choices["arch"]
     given = HydraConfig.get().overrides.task
     names = list(config.archs or ([chosen] if any(o.startswith("arch=") for o in given) else known))
     if unknown := [name for name in names if name not in known]:
-        sys.exit(f"error: no arch {unknown[0]!r}: choose from {', '.join(known)}")
+        raise ValueError(f"arch={unknown[0]} is not known{nearest(unknown[0], known)}")
     overrides = [o for o in given if not o.startswith(("arch=", "data."))]
-    try:
-        result = table(names, list(config.lengths), overrides)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    result = table(names, list(config.lengths), overrides)
     print(result.map(lambda value: value if isinstance(value, str) else f"{value:,}").to_string(index=False))
 
 

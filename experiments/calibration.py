@@ -2,28 +2,23 @@
 
 from pathlib import Path
 
-import hydra
 import pandas as pd
 from joblib import Parallel, delayed
 from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments import CONFIGS
 from experiments.findings import check_writable
 from experiments.scaling.calibration import Case, PlantedLaw, repetition, summary
-from experiments.terminal import console, given, stop
+from experiments.terminal import command, console, given
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="calibration")
+@command("calibration")
 def main(config: DictConfig) -> None:
     c = given(config)
     if c["repetitions"] < 1:
-        stop(f"repetitions={c['repetitions']} must be at least 1")
+        raise ValueError(f"repetitions={c['repetitions']} must be at least 1")
     out = Path(c["out"])
-    try:
-        check_writable(out)
-    except ValueError as error:
-        stop(error)
+    check_writable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for settings in c["cases"]:

@@ -5,29 +5,23 @@ All arguments are in configs/compare.yaml.
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from experiments import CONFIGS
 from experiments.findings import check_writable, write_json
 from experiments.report.wording import sentences
 from experiments.scaling.analysis import analyse
 from experiments.scaling.foreign import design_of, read_rows
-from experiments.terminal import console, given, stop
+from experiments.terminal import command, console, given
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="compare")
+@command("compare")
 def main(config: DictConfig) -> None:
-    try:
-        c = given(config)
-        out = None if c["out"] is None else Path(c["out"])
-        if out is not None:
-            check_writable(out)
-        rows = read_rows(Path(c["ledger"]), c["columns"], c["bounds"])
-        analysis = analyse(rows, design_of(rows, c["ref"]))
-    except ValueError as error:
-        stop(error)
-    screen = console()
+    screen, c = console(), given(config)
+    out = None if c["out"] is None else Path(c["out"])
+    if out is not None:
+        check_writable(out)
+    rows = read_rows(Path(c["ledger"]), c["columns"], c["bounds"])
+    analysis = analyse(rows, design_of(rows, c["ref"]))
     for line in sentences(analysis):
         screen.print(line, markup=False)
     if out is not None:

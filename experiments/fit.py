@@ -10,12 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments import CONFIGS
 from experiments.findings import Estimate, Refused, check_writable, jsonable, write_json
 from experiments.fits.fit import fit_runs
 from experiments.fits.fit_results import (
@@ -32,7 +30,7 @@ from experiments.fits.fit_results import (
     SurfaceFits,
 )
 from experiments.fits.runs import Columns, read_runs
-from experiments.terminal import console, given, stop
+from experiments.terminal import command, console, given
 
 REASONS = 5  # the commonest, for which rows are refused, that are printed
 
@@ -144,21 +142,14 @@ def print_arm(console: Console, fit: ArmFit) -> None:
         console.print(f"the ways disagree: {line}", markup=False)
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="fit")
+@command("fit")
 def main(config: DictConfig) -> None:
-    screen = console()
-    try:
-        c = given(config)
-        table, out, columns = Path(c.pop("runs")), Path(c.pop("out")), Columns(**c.pop("columns"))
-        settings = Settings(**c | {"sensitivity": tuple(c["sensitivity"])})
-        check_writable(out)
-        result = fit_runs(read_runs(table), columns, settings, report=screen.print)
-        command = shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])
-        write_json(out, jsonable(result) | {"command": command})
-    except ValueError as error:
-        stop(error)
-    except OSError as error:
-        stop(f"out={config.out} cannot be written: {error}")
+    screen, c = console(), given(config)
+    table, out, columns = Path(c.pop("runs")), Path(c.pop("out")), Columns(**c.pop("columns"))
+    settings = Settings(**c | {"sensitivity": tuple(c["sensitivity"])})
+    check_writable(out)
+    result = fit_runs(read_runs(table), columns, settings, report=screen.print)
+    write_json(out, jsonable(result) | {"command": shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])})
     print_result(screen, result)
     screen.print(f"written to {out}", markup=False)
 

@@ -7,15 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments import CONFIGS
 from experiments.data.token_data import TokenData
+from experiments.harness.assembly import build
 from experiments.harness.weights import load_run
+from experiments.terminal import command, given
 from objectives.contracts import MASKED, Request
 from objectives.decoding.draws import Draw
 
@@ -40,25 +38,21 @@ def encode_with_masks(prompt: str, mask: str | None, data: TokenData) -> list[in
     return ids
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="sample")
+@command("sample")
 def main(config: DictConfig) -> None:
-    try:
-        run = load_run(Path(config.run))
-        request = Request(
-            prompts=[torch.tensor(encode_with_masks(config.prompt, config.mask, run.data), dtype=torch.long)],
-            length=config.length,
-            generator=torch.Generator().manual_seed(config.seed),
-            draw=Draw(config.temperature, config.top_p),
-            copies=config.number,
-            stop=(run.data.eot,) if config.stop else (),
-        )
-        sampler = instantiate(config.sampler) or None
-        start = time.perf_counter()
-        samples = run.objective.sample(run.model, request, sampler)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except InstantiationException as error:
-        sys.exit(f"error: {error.__cause__ or error}")
+    given(config)
+    run = load_run(Path(config.run), trusted=config.trusted)
+    request = Request(
+        prompts=[torch.tensor(encode_with_masks(config.prompt, config.mask, run.data), dtype=torch.long)],
+        length=config.length,
+        generator=torch.Generator().manual_seed(config.seed),
+        draw=Draw(config.temperature, config.top_p),
+        copies=config.number,
+        stop=(run.data.eot,) if config.stop else (),
+    )
+    sampler = build(config.sampler) or None
+    start = time.perf_counter()
+    samples = run.objective.sample(run.model, request, sampler)
     seconds = time.perf_counter() - start
     for tokens_T, length in zip(samples.tokens_BT, samples.lengths_B.tolist(), strict=True):
         print(run.data.decode(tokens_T[:length].numpy()), end="\n\n")

@@ -2,24 +2,19 @@
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments import CONFIGS
 from experiments.scaling.holdout import scores
-from experiments.terminal import console, stop
+from experiments.terminal import command, console
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="score")
+@command("score")
 def main(config: DictConfig) -> None:
     root = Path(config.root)
-    try:
-        if not root.is_dir():
-            raise ValueError(f"root={root} is no folder: name the one in which the sweeps lie")
-        found = scores(root)
-    except ValueError as error:
-        stop(error)
+    if not root.is_dir():
+        raise ValueError(f"root={root} is no folder: name the one in which the sweeps lie")
+    found = scores(root)
     screen = console()
     table = Table("sweep", "arm", "budget", "written", "predicted", "95 % interval", "outcome", "inside")
     for row in found.itertuples():

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONFIGS
 from experiments.findings import Verdict
 from experiments.studies.index import listing, write_index
 from experiments.studies.study import Study, carry_out
+from experiments.terminal import mistakes_in_a_sentence, nearest, stop
 
 RESULTS = Path("results/studies")
 
@@ -62,13 +61,11 @@ def main(arguments: list[str]) -> None:
     tiny = own["tiny"] == "true"
     chosen = names() if own["all"] == "true" else [own["name"]] if own["name"] else []
     if unknown := [name for name in chosen if name not in names()]:
-        sys.exit(f"error: no study {unknown[0]!r}: choose from {', '.join(names())}")
+        stop(f"name={unknown[0]} is no study{nearest(unknown[0], names())}")
     results = Path(own["out"]) if own["out"] else Path("runs/tiny") if tiny else RESULTS
     for name in chosen:
-        try:
+        with mistakes_in_a_sentence():
             verdict = run_study(name, overrides, tiny, results / name)
-        except (ValueError, HydraException, OmegaConfBaseException) as error:
-            sys.exit(f"error: {name}: {error}")
         print(f"{name}: {verdict.outcome}. {verdict.sentence}\nwritten to {results / name}")
     if chosen and not tiny:
         write_index(results, names())

@@ -6,17 +6,17 @@ nothing. until="multiplier within 5 %" adds runs to the planned ones until the c
 
 import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from experiments import CONFIGS
 from experiments.harness.identity import load_config, run_of
-from experiments.harness.run import execute
+from experiments.terminal import command
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="sweep")
+@command("sweep")
 def main(config: DictConfig) -> dict:
     """Train one cell, wherever the launcher runs it. The sweep itself is hydra_plugins/isoflop.py."""
+    from experiments.harness.run import execute
+
     return execute(run_of(load_config(config.sweep.cell)))
 
 

@@ -1,24 +1,114 @@
 """What the commands share where they meet a person: what was given, what is printed, and the end after a mistake."""
 
+import os
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from rich.console import Console
+
+from experiments import CONFIGS
+
+FULL = "HYDRA_FULL_ERROR"
+TRACEBACKS = os.environ.get(FULL) == "1"  # set by a person who wants to see where an error comes from
+ROOT = Path(__file__).parents[1]
+MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
+
+
+def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., None]]:
+    """Make a function the command whose settings are configs/<name>.yaml. A mistake ends it with one sentence on stderr
+    and exit code 2; a fault of the program shows its traceback."""
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[..., None]:
+        @wraps(function)
+        def job(config: DictConfig) -> Any:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                return function(config)  # in a worker: what goes wrong is its launcher's to say
+            with mistakes_in_a_sentence():
+                return function(config)
+
+        main = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(job)
+
+        @wraps(function)
+        def run(config: DictConfig | None = None) -> None:
+            """Run on the command line's settings, or on a config that is composed already."""
+            os.environ[FULL] = "1"  # Hydra raises then, and else writes twelve lines
+            with mistakes_in_a_sentence():
+                main() if config is None else function(config)
+
+        return run
+
+    return decorate
+
+
+@contextmanager
+def mistakes_in_a_sentence() -> Iterator[None]:
+    """End with a sentence where a mistake is raised within; a fault of the program goes on as it is."""
+    try:
+        yield
+    except MISTAKES as error:
+        if TRACEBACKS or (said := sentence(error)) is None:
+            raise
+        stop(said)
+
+
+def sentence(error: BaseException) -> str | None:
+    """Returns what is wrong and what to do, for a mistake in what was given; None for a fault of the program."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+        remedy = ": others come with packages, such as hydra-submitit-launcher" if group.startswith("hydra/") else ""
+        return f"{group}={name} is not known{nearest(name, list(error.options or []))}{remedy}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: write name=value, with quotes around what has spaces or brackets"
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return sentence(error.__cause__)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} must be given, as {cause.full_key}=..."
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and not isinstance(cause, InterpolationKeyError):
+        known = [] if cause.parent_node is None else [str(key) for key in cause.parent_node if key != "hydra"]
+        more = f"; a parameter that the config leaves out: +{cause.full_key}=..." if "_target_" in known else ""
+        known = [key for key in known if not key.startswith("_")]
+        return f"{cause.full_key} is no setting{nearest(str(cause.key), known)}{more}"
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return str(error).splitlines()[0]
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else None
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(ROOT) and "site-packages" not in Path(last.filename).parts
+    return str(error) if ours and (last.line or "").startswith("raise") else None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Returns the end of a sentence about a name that is not known: the one that was meant, or all that are known."""
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f": did you mean {close[0]}?" if close else f": choose one of {', '.join(sorted(known))}" if known else ""
 
 
 def given(config: DictConfig) -> dict[str, Any]:
     """Returns a command's settings in Python's own types.
 
     Raises:
-        ValueError: for one that must be given and is not.
+        MissingMandatoryValue: for one that must be given and is not.
     """
-    try:
-        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        name = error.full_key or "name"
-        raise ValueError(f"{name} must be given, as {name}=...") from error
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return settings
 
 

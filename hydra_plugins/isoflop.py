@@ -1,7 +1,6 @@
 """The isoFLOP sweeper as a Hydra plugin. Hydra looks for plugins in this namespace package alone, and imports all of
 them at every start, so the sweep itself lives in experiments/sweeps/sweeper.py and is imported when it runs."""
 
-import sys
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
@@ -37,11 +36,7 @@ class IsoFlopSweeper(Sweeper):
             jobs = [[f"sweep.cell={quoted(file)}"] for file in files]
             launcher.launch(jobs, initial_job_idx=first)
 
-        try:
-            sweep = Sweep(loader.load_sweep_config(given, arguments), compose, launch, arguments)
-        except ValueError as error:  # a plan that cannot be made, or is not the one on disk
-            sys.exit(f"error: {error}")
-        sweep.run()
+        Sweep(loader.load_sweep_config(given, arguments), compose, launch, arguments).run()
 
 
 def quoted(path: Path) -> str:

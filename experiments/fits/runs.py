@@ -1,5 +1,7 @@
 """A table of runs, ours or anyone's: read, the rows that count selected, and grouped into budgets."""
 
+import ast
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ READERS = {
 UNUSABLE = {"failed", "diverged", "crashed", "killed"}  # what a status column may say of a run that is not to be fitted
 RULES = {"flops": "6 * params * tokens", "params": "flops / (6 * tokens)", "tokens": "flops / (6 * params)"}
 TUNING = {"tune"}  # what a kind column may say of a run that tunes and is not to be fitted
+COMPARING = (ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Compare)
+COMPARING += (ast.cmpop, ast.Name, ast.Constant, ast.List, ast.Tuple, ast.Load)
 FLOPS_OVER_6ND = (0.1, 10.0)  # plausible medians of C / (6 N D), whatever is counted
 TOKENS_PER_PARAMETER = (0.1, 1e5)  # plausible medians of D / N
 SPREAD = 30.0  # plausible factor between the 5 % and the 95 % quantile of C / (6 N D)
@@ -105,6 +109,7 @@ def select_runs(table: pd.DataFrame, columns: Columns, query: str | None = None,
     table = table.set_axis(np.arange(1, len(table) + 1), axis=0)
     kept = table
     if query:
+        check_filter(query)
         try:
             kept = table.query(query)
         except Exception as error:  # pandas raises whatever Python and numexpr raise
@@ -149,6 +154,25 @@ def select_runs(table: pd.DataFrame, columns: Columns, query: str | None = None,
         raise ValueError(f"no rows are left of {len(table)}: {filtered} filtered out, {len(refused)} refused{first}")
     _check_together(runs, columns)
     return Selection(runs.drop(columns="run", errors="ignore"), curves, refused, tuple(derived))
+
+
+def check_filter(query: str) -> None:
+    """Check that a filter compares columns and does nothing else, since pandas would call what it names.
+
+    Raises:
+        ValueError: for anything but names, constants, arithmetic, comparisons, `in`, and, or and not.
+    """
+    text = re.sub(r"`[^`]*`", "column", query)
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"filter={query!r} cannot be evaluated: {error.msg}") from None
+    for node in ast.walk(tree):
+        if not isinstance(node, COMPARING):
+            raise ValueError(
+                f"filter={query!r} may compare columns with each other and with constants and join that by and, or and "
+                f"not: {ast.unparse(node)!r} is something else"
+            )
 
 
 def _check_together(runs: pd.DataFrame, columns: Columns) -> None:

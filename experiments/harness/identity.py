@@ -16,9 +16,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.harness.origin import code_digest
+from experiments.harness.settings import check_run
 
 SESSION = "session"
-OLDER = ("refuse", "accept", "replace")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Session:
     older: str
     checkpoint_seconds: float
     progress: bool
-
-    def __post_init__(self) -> None:
-        if self.older not in OLDER:
-            raise ValueError(f"session.older={self.older!r} must be one of {', '.join(OLDER)}")
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,10 @@ def run_of(config: DictConfig) -> Run:
     """The run that a composed config describes.
 
     Raises:
-        ValueError: for an `init_from` without weights.
+        ValueError: for settings that no run can have, and for an `init_from` without weights.
     """
     parts = plain(config)
+    check_run(parts)
     session = parts.pop(SESSION)
     session = Session(**session | {"root": Path(session["root"])})
     init_from = None

@@ -1,6 +1,7 @@
 """Weights on disk: those of a finished run, and those that a run begins with."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from archs.checkpoints.likeness import check_settings
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.harness.assembly import build_model, build_objective, open_data
-from experiments.harness.identity import load_config
+from experiments.harness.identity import load_config, plain
+from experiments.harness.settings import check_stranger
 from objectives.contracts import Objective
 
 # What an objective adds to a model: absent on one side, it is left out or begins anew.
@@ -33,15 +35,17 @@ class FinishedRun:
     data: TokenData
 
 
-def load_run(folder: Path, data: TokenData | None = None) -> FinishedRun:
-    """A finished run from its folder; the data is opened where it is not given.
+def load_run(folder: Path, data: TokenData | None = None, trusted: Collection[str] = ()) -> FinishedRun:
+    """A finished run from its folder, which may be somebody else's; the data is opened where it is not given. trusted:
+    packages beside this project's of which its config may build things.
 
     Raises:
-        ValueError: when the folder holds no finished run.
+        ValueError: when the folder holds no finished run, or its config builds what is not trusted.
     """
     if not (folder / "model.safetensors").exists() or not (folder / "config.yaml").exists():
         raise ValueError(f"run={folder} holds no finished run: give the folder of one, such as runs/cells/<id>")
     config = load_config(folder / "config.yaml")
+    check_stranger(plain(config), trusted)
     data = open_data(config) if data is None else data
     objective = build_objective(config, data)
     model = build_model(config, objective)

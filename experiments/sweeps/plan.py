@@ -215,31 +215,22 @@ def known_first(cells: list[Cell], sweep: DictConfig) -> list[Cell]:
 
 
 def check(sweep: DictConfig) -> None:
-    """
+    """Check settings against each other; each by itself is checked by `SweepSettings`.
+
     Raises:
-        ValueError: for budgets that are not positive and distinct, a held-out budget that is not the largest, tuning
-            without budgets, rates or seeds, and noise that is not positive.
+        ValueError: for budgets, seeds or rates that stand twice, and a held-out budget that is not the largest.
     """
-    if not sweep.noise > 0:
-        raise ValueError(
-            f"sweep.noise={sweep.noise} must be above 0: it is the standard deviation of ln(loss) of a run"
-        )
+    lists = {name: sweep[name] for name in ("budgets", "seeds")}
+    lists |= {f"tuning.{name}": sweep.tuning[name] for name in ("budgets", "learning_rates", "seeds") if sweep.tuning}
+    for name, values in lists.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"sweep.{name}={list(values)} must be different")
     budgets = sorted(float(budget) for budget in sweep.budgets)
-    if not budgets or budgets[0] <= 0 or len(set(budgets)) < len(budgets):
-        raise ValueError(f"sweep.budgets={budgets} must be positive and different FLOPs")
     if sweep.holdout and float(sweep.holdout.budget) <= budgets[-1]:
         raise ValueError(
             f"sweep.holdout.budget={float(sweep.holdout.budget):.3g} must lie above the largest fitted budget, "
             f"{budgets[-1]:.3g}"
         )
-    if sweep.tuning:
-        for name, least, above in (("budgets", 1, 0), ("learning_rates", 2, 0), ("seeds", 1, -1)):
-            values = [float(value) for value in sweep.tuning.get(name) or ()]
-            if len(set(values)) < max(least, len(values)) or min(values) <= above:
-                raise ValueError(
-                    f"sweep.tuning.{name}={values} must be at least {least}, above {above} and different; "
-                    "sweep.tuning=null tunes nothing"
-                )
 
 
 def make_plan(sweep: DictConfig, arms: list[Arm], data: TokenData, command: str) -> Plan:

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
 from experiments.harness.assembly import open_data
-from experiments.harness.identity import run_of
+from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
+from experiments.harness.settings import check_run, conform
 from experiments.report import report
 from experiments.scaling.analysis import analyse
 from experiments.scaling.design import Addition, Cell
@@ -30,6 +31,7 @@ from experiments.sweeps.dry_run import describe
 from experiments.sweeps.plan import Arm, difference, make_cells, make_plan
 from experiments.sweeps.precision import further_precision, read_wish
 from experiments.sweeps.progress import Progress, estimate_seconds
+from experiments.sweeps.settings import SweepSettings
 from experiments.terminal import console
 
 
@@ -56,7 +58,9 @@ class Sweep:
     ):
         self.launch, self.launched = launch, 0
         self.console = console()
+        conform(SweepSettings, plain(config.sweep), "sweep")
         self.settings, run = config.sweep, compose([])
+        check_run(plain(run))
         self.wish = read_wish(config.until, config.limit)
         self.folder = Path(run.session.root)
         self.ledger = self.folder / "ledger.jsonl"

@@ -53,6 +53,11 @@ def test_rows_that_cannot_count_are_refused_with_their_number_and_reason():
         ({"flops": "C", "params": "N"}, None, "name the columns of the loss"),
         (COLUMNS, "colour == 'red'", "cannot be evaluated"),
         (COLUMNS, "L > 100", "no rows are left of 45: 45 filtered out"),
+        (COLUMNS, "@pd.read_pickle('x')", "filter=\"@pd.read_pickle('x')\" cannot be evaluated"),
+        (COLUMNS, "L.to_pickle('x')", "is something else"),
+        (COLUMNS, "(L > 1) & ~(C.__class__ == 1)", "'C.__class__' is something else"),
+        (COLUMNS, "[x for x in C]", "is something else"),
+        (COLUMNS, "L >", "cannot be evaluated"),
     ],
 )
 def test_a_request_that_cannot_be_met_says_what_is_wrong(columns, query, message):

@@ -1,0 +1,248 @@
+"""The settings that a run may have: types and bounds of what is no part's own, and each part's by its signature."""
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from pydoc import ErrorDuringImport, locate
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from experiments.terminal import nearest
+
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+PARTS = ("archs", "objectives", "experiments.data")  # of which a config of anybody may build what it likes
+PARTS += tuple(f"experiments.harness.{name}" for name in ("optimisers", "schedules", "trainer"))
+WORDS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be finite",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_pattern_mismatch": "must match {pattern}",
+    "list_type": "must be a list, as in [1,2]",
+    "sequence_str": "must be a list, as in [a,b]",
+    "dict_type": "must be settings, as in {{name:value}}",
+    "literal_error": "must be one of {expected}",
+    "too_short": "must have at least {min_length} of them",
+    "missing": "must be given",
+    "none_required": "must be null",
+}
+
+
+class Settings(BaseModel):
+    """A node of the config. What it does not name passes, since it is a part's own or a user's."""
+
+    model_config = STRICT | ConfigDict(extra="allow")
+
+
+class Closed(BaseModel):
+    """A node of the config that has no other settings."""
+
+    model_config = STRICT | ConfigDict(extra="forbid")
+
+
+class ArchSettings(Settings):
+    width: Count
+    width_multiple: Count
+
+
+class DataSettings(Settings):
+    sequence_length: Count
+    allow_repeats: bool
+    packed: bool
+
+
+class BudgetSettings(Closed):
+    flops: Positive
+    batch_tokens: Positive | None
+
+
+class SessionSettings(Closed):
+    root: str
+    kind: str
+    arm: str
+    older: Literal["refuse", "accept", "replace"]
+    checkpoint_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    progress: bool
+
+
+class RunSettings(Settings):
+    """The config of a run with its session."""
+
+    arch: ArchSettings
+    data: DataSettings
+    budget: BudgetSettings
+    seed: Seed
+    session: SessionSettings
+
+
+def conform(model: type[BaseModel], settings: Mapping[str, Any], path: str = "") -> None:
+    """Check settings against a schema.
+
+    Raises:
+        ValueError: for the first that does not fit: its name, its value, and what is allowed.
+    """
+    try:
+        model.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(_sentence(error, path)) from None
+
+
+def conform_part(node: Mapping[str, Any], path: str) -> None:
+    """Check what a node with a `_target_`, and each such node in it, hands to the parameters of its target.
+
+    Raises:
+        ValueError: for a target that there is none of, for a setting that is no parameter, and for one whose value is
+            not of the parameter's type.
+    """
+    for name, value in node.items():
+        below = f"{path}.{name}" if path else name
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, Mapping):
+                conform_part(child, below)
+    if "_target_" not in node:
+        return
+    if not isinstance(node["_target_"], str):
+        raise ValueError(f"{path}._target_={node['_target_']!r} must be text, the name of what is built")
+    hints, more = _parameters(node["_target_"], path)
+    for name, value in node.items():
+        if name.startswith("_") or _has_target(value):
+            continue
+        if name not in hints:
+            if not more:
+                raise ValueError(f"{path}.{name} is no setting of {node['_target_']}{nearest(name, list(hints))}")
+            continue
+        adapter = _adapter(hints[name])
+        try:
+            if adapter is not None:
+                adapter.validate_python(tuple(value) if _is_tuple(hints[name], value) else value)
+        except ValidationError as error:
+            raise ValueError(_sentence(error, f"{path}.{name}")) from None
+
+
+def check_run(config: Mapping[str, Any]) -> None:
+    """Check the whole config of a run, before anything is loaded for it.
+
+    Raises:
+        ValueError: as `conform` and `conform_part` do.
+    """
+    for path in _missing(config):
+        raise ValueError(f"{path} must be given, as {path}=...")
+    conform(RunSettings, config)
+    for name, node in config.items():
+        if isinstance(node, Mapping):
+            conform_part(node, name)
+
+
+def packages(node: Any) -> set[str]:
+    """Returns the top-level packages that the `_target_`s of a config name."""
+    if isinstance(node, Mapping):
+        named = {str(node["_target_"]).partition(".")[0]} if "_target_" in node else set()
+        return named.union(*map(packages, node.values()))
+    return set().union(*map(packages, node)) if isinstance(node, list) else set()
+
+
+def check_stranger(node: Any, trusted: Collection[str] = (), path: str = "") -> None:
+    """Check a config that somebody else may have written: that it builds parts of this project, which open no door to
+    anything else, or things of the packages that are trusted. Nothing is imported to find that out but those.
+
+    Raises:
+        ValueError: for the first `_target_` that is something else, and a place to write to.
+    """
+    for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+        below = f"{path}.{name}" if path else str(name)
+        if name == "cache_dir":
+            raise ValueError(
+                f"{below}={value!r} is a place to write to, which a config of somebody else may not choose"
+            )
+        if isinstance(value, (Mapping, list)):
+            check_stranger(value, trusted, below)
+    target = node.get("_target_") if isinstance(node, Mapping) else None
+    if target is None or str(target).partition(".")[0] in trusted:
+        return
+    module = str(target).rpartition(".")[0]
+    known = any(module == part or module.startswith(f"{part}.") for part in PARTS)
+    if not known or getattr(locate(target), "__module__", None) != module:
+        raise ValueError(
+            f"{path}._target_={target} is no part of this project: whoever wrote that config could run anything by it. "
+            f"trusted=[{str(target).partition('.')[0]}] allows what you know"
+        )
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """The names of what is still ???."""
+    if node == "???":
+        yield path
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        yield from _missing(child, f"{path}.{name}" if path else str(name))
+
+
+def _has_target(value: Any) -> bool:
+    """Whether a value is built, or holds what is, so that no type of its own is known yet."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_has_target, value.values()))
+    return isinstance(value, list) and any(map(_has_target, value))
+
+
+@cache
+def _parameters(target: str, path: str) -> tuple[dict[str, Any], bool]:
+    """The parameters of a target with their types, and whether it takes any others."""
+    try:
+        found: Any = locate(target)
+    except ErrorDuringImport as error:
+        raise ValueError(f"{path}._target_={target} cannot be imported: {error.value!r}") from None
+    if not callable(found):
+        raise ValueError(
+            f"{path}._target_={target} is nothing that can be built: name a class or a function of a module"
+        )
+    signature = inspect.signature(found)
+    try:
+        hints = get_type_hints(found.__init__ if inspect.isclass(found) and "__init__" in vars(found) else found)
+    except (NameError, TypeError):
+        hints = {}
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return {name: hints.get(name, Any) for name in signature.parameters}, inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _adapter(hint: Any) -> TypeAdapter | None:
+    """None where values of this type cannot be checked before they are built."""
+    try:
+        return TypeAdapter(hint, config=STRICT)
+    except Exception:  # pydantic raises errors of its own for what it has no schema of
+        try:
+            return TypeAdapter(hint)
+        except Exception:
+            return None
+
+
+def _is_tuple(hint: Any, value: Any) -> bool:
+    return isinstance(value, list) and get_origin(hint) is tuple
+
+
+def _sentence(error: ValidationError, path: str) -> str:
+    """The first mistake: name=value, and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    place = path
+    for part in first["loc"]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part.isidentifier() and not part.startswith(("function-", "is-instance")):
+            place += f".{part}" if place else part
+    if first["type"] == "missing" and not isinstance(first["loc"][-1], str):
+        return f"{path}={list(first['input'])} has too few entries"
+    if first["type"] == "missing":
+        return f"{place} must be given, as {place}=..."
+    if first["type"] == "extra_forbidden":
+        return f"{place} is no setting that there is: leave it out"
+    words = WORDS.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+    return f"{place}={first['input']!r} {words.format(**first.get('ctx', {}))}"
