@@ -7,20 +7,21 @@ import os
 import platform
 import warnings
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
 from filelock import FileLock
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from experiments.data.token_data import TokenData
-from experiments.harness import hardware, ledger
+from experiments.harness import checkpoints, hardware, ledger
 from experiments.harness.assembly import Prepared, build_model, open_data, prepare_run
+from experiments.harness.checkpoints import Checkpoints, last_good
 from experiments.harness.data_module import DataModule
 from experiments.harness.identity import Run
 from experiments.harness.origin import Origin, commit, older_name
@@ -181,19 +182,12 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     data_module = DataModule(data, allocation, config.seed, config.data.packed, trainer.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
     telemetry = Telemetry(logger.experiment, allocation, peak)
-    last = folder / "last.ckpt"
-    checkpoint = ModelCheckpoint(
-        folder,
-        filename=last.stem,
-        train_time_interval=timedelta(seconds=session.checkpoint_seconds),
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
+    saving = Checkpoints(folder, session.checkpoint_seconds)
     bar = [RichProgressBar()] if session.progress and os.isatty(1) else []
-    fitting = trainer.lightning(device, precision, allocation.steps, logger, [telemetry, checkpoint, *bar])
+    fitting = trainer.lightning(device, precision, allocation.steps, logger, [telemetry, saving, *bar])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        fitting.fit(module, data_module, ckpt_path=last if last.exists() else None)
+        fitting.fit(module, data_module, ckpt_path=last_good(folder))
         if fitting.global_step < allocation.steps:
             raise KeyboardInterrupt(f"stopped after step {fitting.global_step} of {allocation.steps}")
         if module.evaluated_at < allocation.steps:
@@ -204,7 +198,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     )
     np.save(folder / "heldout_nats.npy", module.heldout_nats)
     save_weights(model, folder / "model.safetensors")
-    last.unlink(missing_ok=True)
+    checkpoints.remove(folder)
     result = {
         "status": "done",
         "bits_per_byte": module.bits_per_byte,

@@ -96,5 +96,6 @@ class Trainer:
                 logger=logger,
                 callbacks=list(callbacks),
                 enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+                enable_checkpointing=False,  # ours is a callback like any other
                 enable_model_summary=False,
             )

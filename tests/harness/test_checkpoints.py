@@ -1,0 +1,95 @@
+"""A run goes on from its last checkpoint that holds what was written, wherever a kill or a disk has torn one."""
+
+import os
+
+import pytest
+
+from experiments.harness import checkpoints
+from experiments.harness.checkpoints import generations, last_good
+from experiments.harness.run import execute
+from experiments.harness.telemetry import Telemetry
+
+
+class Stop(BaseException):
+    """A kill in the middle of a run."""
+
+
+def stop_at_7(self, trainer, *rest, begin=Telemetry.on_train_batch_start):
+    if trainer.global_step == 7:
+        raise Stop
+    begin(self, trainer, *rest)
+
+
+@pytest.fixture
+def stopped(make_run, data, monkeypatch):
+    """A run that was killed at its seventh step, with a checkpoint of each before."""
+    run = make_run("session.checkpoint_seconds=0")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
+        execute(run, data)
+    return run
+
+
+@pytest.fixture
+def first_steps(monkeypatch):
+    """The step that each training begins at."""
+    steps, original = [], Telemetry.on_train_batch_start
+
+    def watch(self, trainer, *rest):
+        if not hasattr(self, "step_started"):
+            steps.append(trainer.global_step)
+        original(self, trainer, *rest)
+
+    monkeypatch.setattr(Telemetry, "on_train_batch_start", watch)
+    return steps
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def test_the_last_two_checkpoints_are_kept_and_none_when_the_run_is_done(stopped, data):
+    assert [step for step, _ in generations(stopped.folder)] == [7, 6]
+    assert execute(stopped, data)["status"] == "done" and not list(stopped.folder.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("tear", [truncate, empty, zero])
+@pytest.mark.parametrize(("torn", "begins"), [(1, 6), (2, 0)])
+def test_a_torn_checkpoint_is_passed_over_and_the_result_is_the_same(
+    stopped, make_run, data, first_steps, caplog, tear, torn, begins
+):
+    for _, path in generations(stopped.folder)[:torn]:
+        tear(path)
+    row = execute(stopped, data)
+    truth = execute(make_run(f"session.root={stopped.session.root}-whole"), data)
+    assert first_steps[0] == begins and row["bits_per_byte"] == truth["bits_per_byte"]
+    assert sum("is damaged" in message for message in caplog.messages) == torn
+
+
+@pytest.mark.parametrize("where", ["save_checkpoint", "replace", "unlink"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(stopped, make_run, data, monkeypatch, where):
+    def killed(*_, **__):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        target = {"save_checkpoint": "lightning.Trainer.save_checkpoint", "replace": "os.replace"}.get(where)
+        patch.setattr(target or "pathlib.Path.unlink", killed)
+        execute(stopped, data)
+    assert last_good(stopped.folder) is not None
+    truth = execute(make_run(f"session.root={stopped.session.root}-whole"), data)
+    assert execute(stopped, data)["bits_per_byte"] == truth["bits_per_byte"]
+
+
+def test_an_unfinished_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "unfinished.ckpt").write_bytes(b"half")
+    assert last_good(tmp_path) is None
+    checkpoints.remove(tmp_path)
+    assert os.listdir(tmp_path) == []
