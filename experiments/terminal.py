@@ -1,6 +1,7 @@
 """What the commands share where they meet a person: what was given, what is printed, and the end after a mistake."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, NoReturn
 
 import hydra
@@ -28,6 +30,7 @@ from experiments import CONFIGS
 
 FULL = "HYDRA_FULL_ERROR"
 TRACEBACKS = os.environ.get(FULL) == "1"  # set by a person who wants to see where an error comes from
+INTERRUPTED = 130  # the exit code that shells give for it
 ROOT = Path(__file__).parents[1]
 MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
@@ -50,12 +53,31 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., 
         def run(config: DictConfig | None = None) -> None:
             """Run on the command line's settings, or on a config that is composed already."""
             os.environ[FULL] = "1"  # Hydra raises then, and else writes twelve lines
-            with mistakes_in_a_sentence():
+            with stopped_in_a_sentence(), mistakes_in_a_sentence():
                 main() if config is None else function(config)
 
         return run
 
     return decorate
+
+
+@contextmanager
+def stopped_in_a_sentence() -> Iterator[None]:
+    """End with a line that says what is kept where the command is interrupted or told to terminate."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    listening = current_thread() is main_thread()  # Python hands signals to no other
+    before = signal.signal(signal.SIGTERM, interrupt) if listening else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept; start the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        if listening:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """A mistake on the command line ends with one line on stderr and exit code 2; a fault of the program shows itself."""
 
+import os
+import signal
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from experiments import train
 from experiments.terminal import command, sentence
@@ -46,6 +49,15 @@ def test_a_fault_of_the_program_is_not_hidden(train_command, monkeypatch, fault)
     monkeypatch.setattr(sys, "argv", ["train"])
     with pytest.raises(type(fault)):
         command("train")(broken)()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_says_what_is_kept(capsys, number):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        command("train")(lambda config: os.kill(os.getpid(), number))(OmegaConf.create())
+    assert ended.value.code == 130 and "what is finished is kept; start the same command" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_of_a_library_is_not_taken_for_a_mistake_of_the_user():

@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from experiments.sweeps.precision import further_precision, read_wish
 from experiments.sweeps.progress import Progress, estimate_seconds
 from experiments.sweeps.settings import SweepSettings
 from experiments.terminal import console
+
+TRIES = 3  # launches of the same cells, where workers are killed
 
 
 class Sweep:
@@ -168,10 +171,27 @@ class Sweep:
             self.run_missing("more precision", self.plan.select("fit"))
 
     def run_missing(self, title: str, cells: list[Cell]) -> None:
-        """Launch those cells that have no result yet."""
-        missing = missing_cells(self.plan, self.arms, ledger.read(self.ledger), cells)
-        if not missing:
-            return
+        """Launch those cells that have no result yet, again where a worker was killed.
+
+        Raises:
+            ValueError: where workers are killed again and again.
+        """
+        for _ in range(TRIES):
+            missing = missing_cells(self.plan, self.arms, ledger.read(self.ledger), cells)
+            if not missing:
+                return
+            try:
+                self.launch_all(title, missing, done=len(cells) - len(missing))
+                return
+            except BrokenProcessPool:
+                self.console.print("a worker was killed: what was running goes on from its checkpoints")
+        raise ValueError(
+            f"workers were killed {TRIES} times, for want of memory perhaps: finished runs are kept; start the same "
+            "command again with hydra.launcher.n_jobs=1 to go on with one at a time"
+        )
+
+    def launch_all(self, title: str, missing: dict[str, Cell], done: int) -> None:
+        """Launch cells by the ids of their runs, and show how far they are."""
         files = {}
         for cell_id, cell in missing.items():
             folder = self.folder / "cells" / cell_id
@@ -179,7 +199,7 @@ class Sweep:
             (folder / "running").unlink(missing_ok=True)  # left behind by a sweep that was killed
             files[cell_id] = folder / "cell.yaml"
             OmegaConf.save(self.arms[cell.arm].configure(cell), files[cell_id], resolve=True)
-        with Progress(self.console, title, self.folder, missing, done=len(cells) - len(missing)):
+        with Progress(self.console, title, self.folder, missing, done):
             # The dearest first, so that no worker is left alone with a long run at the end.
             order = sorted(missing, key=lambda cell_id: -missing[cell_id].flops)
             self.launch([files[cell_id] for cell_id in order], self.launched)

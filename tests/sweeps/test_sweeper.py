@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
 from experiments import sweep as command
@@ -166,7 +167,7 @@ def composed(*overrides):
         return compose("sweep", [*SMALL, *ADAPTIVE, *overrides])
 
 
-def sweep_without_training(folder):
+def sweep_without_training(folder, launch=None):
     """Run a sweep in a folder without the command, Hydra's launcher and the training of its runs."""
 
     def compose_run(overrides):
@@ -174,11 +175,11 @@ def sweep_without_training(folder):
         config.session.root = str(folder)
         return OmegaConf.masked_copy(config, [key for key in config if key not in ("sweep", "until", "limit")])
 
-    def launch(files, first):
+    def launch_all(files, first):
         for file in files:
             without_training(run_of(load_config(file)))
 
-    sweeper_module.Sweep(composed(), compose_run, launch, []).run()
+    sweeper_module.Sweep(composed(), compose_run, launch or launch_all, []).run()
 
 
 ADAPTIVE = [
@@ -210,6 +211,27 @@ def test_a_sweep_that_decides_on_its_way_and_is_killed_at_every_write_decides_th
     assert cells_of(killed) == cells_of(whole)
     lines = (killed / "ledger.jsonl").read_text().splitlines()
     assert len(lines) == len(rows_of(killed)) == len(cells_of(whole))
+
+
+@pytest.mark.parametrize(("kills", "finishes"), [(2, True), (3, False)])
+def test_cells_whose_worker_is_killed_are_tried_again(tmp_path, capsys, kills, finishes):
+    killed = []
+
+    def launch(files, first):
+        for number, file in enumerate(files):
+            if number == 1 and len(killed) < kills:
+                killed.append(file)
+                raise TerminatedWorkerError("killed")
+            without_training(run_of(load_config(file)))
+
+    if finishes:
+        sweep_without_training(tmp_path, launch)
+        assert capsys.readouterr().out.count("a worker was killed") == kills
+    else:
+        with pytest.raises(ValueError, match="workers were killed 3 times.*hydra.launcher.n_jobs=1"):
+            sweep_without_training(tmp_path, launch)
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    assert len(lines) == len(rows_of(tmp_path)) == (len(cells_of(tmp_path)) if finishes else kills)
 
 
 def test_all_other_runs_take_the_learning_rate_that_tuning_chose(sweep, tmp_path):
@@ -342,3 +364,40 @@ def test_a_process_killed_at_random_moments_loses_nothing(tmp_path):
     assert len(rows) == len((tmp_path / "ledger.jsonl").read_text().splitlines()) == CELLS, delays
     assert set(rows.status) == {"done"}
     assert all(rows.set_index("id").finished[cell] == when for cell, when in ends.items())
+
+
+def workers_of(root):
+    """The processes of launchers' workers that train below a folder."""
+    found = subprocess.run(["pgrep", "-f", "LokyProcess"], capture_output=True, text=True).stdout.split()
+    return [
+        int(pid) for pid in found if str(root) in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
+def test_a_killed_worker_is_replaced_and_a_killed_sweep_leaves_none_behind(tmp_path):
+    arguments = [*SMALL, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"session.root={tmp_path}"]
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.sweep", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def wait_for_workers():
+        while not ((tmp_path / "ledger.jsonl").exists() and workers_of(tmp_path)):
+            time.sleep(0.2)
+        return workers_of(tmp_path)
+
+    process = start()
+    wait_for_workers()
+    process.kill()
+    process.wait()
+    time.sleep(5)
+    assert workers_of(tmp_path) == []
+    process = start()
+    os.kill(wait_for_workers()[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and "a worker was killed" in output, output
+    assert len(rows_of(tmp_path)) == CELLS and set(rows_of(tmp_path).status) == {"done"}
