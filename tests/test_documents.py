@@ -1,9 +1,15 @@
 """The documents are true where a machine can tell: links lead somewhere, and every backbone and objective is listed."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments import CONFIGS
+from experiments.harness.identity import plain
+from experiments.harness.settings import check_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")]
@@ -28,3 +34,38 @@ def test_every_link_leads_to_a_file_and_its_heading(path):
 def test_every_config_of_a_group_is_in_its_page(group, page):
     listed = re.findall(r"`(\w+)`", (ROOT / "docs" / page).read_text())
     assert {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")} <= set(listed)
+
+
+def overrides_of(text):
+    """The overrides in what a person would type, without what stands for something of his own."""
+    words = shlex.split(text.replace("|", " "), comments=True)
+    return [word for word in words if "=" in word and not re.search(r"[<>]|\.\.\.|\$", word)]
+
+
+def typed():
+    """(page, config, overrides) of every command and every row of a table of settings in the pages for users."""
+    for name in ("README.md", "docs/configuration.md"):
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        for module, rest in re.findall(r"^python -m experiments\.(\w+)(.*)$", text, re.MULTILINE):
+            if module in COMPOSED:
+                yield name, module, overrides_of(rest.replace('"$arms"', ""))
+        for row in re.findall(r"^\| .*\|$", text, re.MULTILINE):
+            for span in re.findall(r"`([^`]+)`", row):
+                if found := overrides_of(span):
+                    yield name, "train", found
+
+
+COMPOSED = ("train", "sweep", "compare", "score", "calibration", "sample", "anatomy", "bench", "fit")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("page", "config", "overrides"),
+    list(typed()),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "-",
+)
+def test_what_the_pages_show_can_be_typed(page, config, overrides):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        composed = compose(config, overrides)
+    if config == "train" and not any(word.startswith(("data=t", "init_from")) for word in overrides):
+        check_run(plain(composed))
