@@ -154,6 +154,7 @@ class Objective(ABC):
     visibility: what training asks of the mixers.
     model_options: parts that it needs of the model, as options of `LanguageModel`.
     samplers: the kinds of sampler that can decode it.
+    evaluation_draws: passes of the network that `evaluate` takes over a sequence.
     """
 
     vocab_size: int
@@ -161,6 +162,7 @@ class Objective(ABC):
     visibility: Visibility
     model_options: Mapping[str, Any]
     samplers: tuple[type[Sampler], ...]
+    evaluation_draws: int = 1
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """

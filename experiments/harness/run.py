@@ -184,7 +184,9 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     telemetry = Telemetry(logger.experiment, allocation, peak)
     saving = Checkpoints(folder, session.checkpoint_seconds)
     bar = [RichProgressBar()] if session.progress and os.isatty(1) else []
-    fitting = trainer.lightning(device, precision, allocation.steps, logger, [telemetry, saving, *bar])
+    passes = measured.objective.evaluation_draws * len(data.heldout)
+    evaluations = trainer.evaluations_in(allocation.flops, cost.flops_per_token / 3 * passes)
+    fitting = trainer.lightning(device, precision, allocation.steps, evaluations, logger, [telemetry, saving, *bar])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         fitting.fit(module, data_module, ckpt_path=last_good(folder))

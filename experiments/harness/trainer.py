@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
@@ -10,6 +11,8 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from experiments.harness import hardware
+
+MOST, SHARE = 4, 0.1  # evaluations of "auto", and of the training what they may cost
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Trainer:
         accelerator: "cpu", "cuda", or "auto".
         devices, nodes, strategy: as Lightning has them. Runs take one device so far, so nothing but 1, 1 and "auto".
         gradient_clip: largest norm of the gradient.
-        evaluations: held-out evaluations in a run, the last one at its end.
+        evaluations: held-out evaluations in a run, the last one at its end; "auto" for as many, four at most, as cost
+            no more than a tenth of the training, and the last in any case.
         evaluation_batch: held-out sequences at a time.
 
     Raises:
@@ -36,7 +40,7 @@ class Trainer:
     nodes: int
     strategy: str
     gradient_clip: float
-    evaluations: int
+    evaluations: int | Literal["auto"]
     evaluation_batch: int
 
     def __post_init__(self):
@@ -48,7 +52,7 @@ class Trainer:
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"trainer.{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
         for name in ("evaluations", "evaluation_batch"):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ValueError(f"trainer.{name}={value} must be at least 1")
         if not self.gradient_clip > 0:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be above 0")
@@ -77,8 +81,20 @@ class Trainer:
         """Whether a run of so many FLOPs is compiled."""
         return hardware.compiling_pays(device, flops) if self.compile == "auto" else bool(self.compile)
 
+    def evaluations_in(self, training_flops: float, evaluation_flops: float) -> int:
+        """The number of evaluations in a run, the last one included."""
+        if self.evaluations != "auto":
+            return self.evaluations
+        return max(1, min(MOST, int(SHARE * training_flops / evaluation_flops)))
+
     def lightning(
-        self, device: torch.device, precision: str, steps: int, logger: Logger, callbacks: Sequence[Callback]
+        self,
+        device: torch.device,
+        precision: str,
+        steps: int,
+        evaluations: int,
+        logger: Logger,
+        callbacks: Sequence[Callback],
     ) -> L.Trainer:
         """Lightning's trainer of one run."""
         with warnings.catch_warnings():
@@ -91,7 +107,7 @@ class Trainer:
                 precision="bf16-mixed" if precision == "bf16" else "32-true",
                 max_steps=steps,
                 max_epochs=1,
-                val_check_interval=-(-steps // self.evaluations),
+                val_check_interval=-(-steps // evaluations),
                 num_sanity_val_steps=0,
                 logger=logger,
                 callbacks=list(callbacks),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import sample
@@ -17,6 +18,7 @@ from experiments.harness import run as run_module
 from experiments.harness.assembly import prepare_run
 from experiments.harness.run import execute
 from experiments.harness.telemetry import Telemetry
+from experiments.harness.trainer import Trainer
 from experiments.harness.weights import load_run
 from objectives.contracts import Batch
 
@@ -126,6 +128,24 @@ def test_tensorboard_has_every_curve_over_steps_tokens_and_flops(make_run, data)
     assert events.Scalars("train_by_tokens/loss")[-1].step == row["tokens"]
     assert events.Scalars("heldout/bits_per_byte")[-1].value == pytest.approx(row["bits_per_byte"], rel=1e-5)
     assert len(events.Scalars("heldout/bits_per_byte")) == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "share", "taken"),
+    [("auto", 0.5, 1), ("auto", 0.06, 1), ("auto", 0.04, 2), ("auto", 0.001, 4), (7, 0.5, 7)],
+)
+def test_evaluations_cost_a_tenth_of_the_training_unless_more_are_asked_for(make_config, evaluations, share, taken):
+    trainer = instantiate(make_config(f"trainer.evaluations={evaluations}").trainer)
+    assert trainer.evaluations_in(1e12, share * 1e12) == taken
+
+
+@pytest.mark.parametrize("objective", ["next_token", "masked_diffusion"])
+def test_the_price_of_an_evaluation_is_that_of_its_passes(make_run, data, monkeypatch, objective):
+    priced, run = [], make_run(f"objective={objective}", "trainer.evaluations=auto")
+    monkeypatch.setattr(Trainer, "evaluations_in", lambda self, training, one: priced.append(one) or 1)
+    row = execute(run, data)
+    draws = {"next_token": 1, "masked_diffusion": 2}[objective]
+    assert priced == [pytest.approx(draws * row["flops_per_token"] / 3 * len(data.heldout))]
 
 
 @pytest.mark.thorough
