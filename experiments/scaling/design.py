@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # of JSON that is something else
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -117,6 +119,22 @@ class Design:
         )
 
 
+def read_plan(path: Path) -> dict:
+    """Returns the plan that a sweep wrote.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    try:
+        plan = json.loads(path.read_text())
+        Design.from_plan(plan)
+    except BROKEN as error:
+        raise ValueError(
+            f"{path} holds no plan ({error!r}): put back the file that the sweep wrote, or give the sweep another name"
+        ) from error
+    return plan
+
+
 def read_design(folder: Path) -> Design:
-    """Read it from the sweep's folder."""
-    return Design.from_plan(json.loads((folder / "plan.json").read_text()))
+    """Returns the design of the sweep in a folder. Raises ValueError as `read_plan` does."""
+    return Design.from_plan(read_plan(folder / "plan.json"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.findings import Estimate, Refused, Verdict
+from experiments.scaling.design import BROKEN
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def read_prediction(path: Path) -> Prediction:
         arms = {name: _read_forecast(forecast) for name, forecast in data["arms"].items()}
         forms = tuple(FormScore(**form) for form in data["forms"])
         return Prediction(data["written"], data["budget"], arms, forms)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} holds no prediction ({error!r}): put back the file that the sweep wrote") from error
 
 

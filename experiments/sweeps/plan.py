@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from experiments.data.token_data import TokenData
 from experiments.harness.assembly import Measured, measure, spend
 from experiments.harness.identity import plain, run_of
-from experiments.scaling.design import Addition, Cell, Corpus, Design
+from experiments.scaling.design import BROKEN, Addition, Cell, Corpus, Design
 
 LAID_BLINDLY = 2  # fitted budgets whose sizes are laid around the guess N*, even where later ones are not
 SETTINGS = (
@@ -72,11 +72,18 @@ class Plan:
         ]
 
     def with_additions(self, written: dict) -> "Plan":
-        """Returns the plan with the additions of plan.json."""
-        additions = [
-            Addition(**addition | {"cells": [Cell(**cell) for cell in addition["cells"]]})
-            for addition in written["additions"]
-        ]
+        """Returns the plan with the additions of plan.json.
+
+        Raises:
+            ValueError: for additions that no sweep wrote.
+        """
+        try:
+            additions = [
+                Addition(**addition | {"cells": [Cell(**cell) for cell in addition["cells"]]})
+                for addition in written["additions"]
+            ]
+        except BROKEN as error:
+            raise ValueError(f"plan.json holds additions that no sweep wrote ({error!r}): put back its file") from error
         return replace(self, additions=additions)
 
 

@@ -1,6 +1,5 @@
 """Runs a plan: stage by stage, only what is missing, through whatever launcher Hydra was given."""
 
-import json
 import shlex
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from experiments.harness.origin import commit, older_name
 from experiments.harness.settings import check_run, conform
 from experiments.report import report
 from experiments.scaling.analysis import analyse
-from experiments.scaling.design import Addition, Cell
+from experiments.scaling.design import Addition, Cell, read_plan
 from experiments.scaling.holdout import predict
 from experiments.sweeps.adaptive import (
     Stage,
@@ -130,7 +129,7 @@ class Sweep:
         """
         path = self.folder / "plan.json"
         if path.exists():
-            written = json.loads(path.read_text())
+            written = read_plan(path)
             if changes := difference(written, jsonable(self.plan)):
                 raise ValueError(
                     f"{path} holds another plan than this command asks for:\n  "
@@ -144,7 +143,7 @@ class Sweep:
         if addition:
             self.plan = replace(self.plan, additions=[*self.plan.additions, addition])
             path = self.folder / "plan.json"
-            written = json.loads(path.read_text())
+            written = read_plan(path)
             write_json(path, written | {"additions": [*written["additions"], addition]})
             self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
 

@@ -52,6 +52,17 @@ def test_a_row_cut_short_anywhere_costs_only_itself(tmp_path_factory, cut, rows)
     assert found[-1] == "new" and found[: rows - 1] == [f"old{i}" for i in range(rows - 1)]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.binary(max_size=60) | st.sampled_from([b"{}", b"[1]", b"null", b'{"id": [], "status": 1}']), max_size=4)
+)
+def test_any_bytes_are_read_as_no_rows_and_the_next_row_is_kept(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("any") / "ledger.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    ledger.append(path, row("new"))
+    assert list(_quietly(path).id) == ["new"]
+
+
 def _quietly(path):
     import warnings
 
