@@ -11,7 +11,8 @@ from experiments.scaling.joint import join
 from experiments.scaling.power import planned_power
 from experiments.scaling.results import Power
 from experiments.sweeps.plan import Arm, Plan
-from experiments.sweeps.progress import duration, estimate_seconds
+from experiments.sweeps.prices import prices
+from experiments.sweeps.progress import duration
 
 
 def describe(
@@ -26,10 +27,10 @@ def describe(
         table.add_column(column)
     for column in ("budget", "width", "depth", "parameters", "tokens", "steps", "FLOPs", "seconds"):
         table.add_column(column, justify="right")
-    rates = estimate_seconds(dict(arms), list(cells), rows)
+    price = prices(arms, cells, rows)
     total = 0.0
     for cell in cells:
-        seconds = cell.flops * rates[cell.arm]
+        seconds = price(cell)
         total += seconds
         numbers = (f"{cell.budget:.3g}", cell.width, cell.depth, f"{cell.params:,}", f"{cell.tokens:,}", cell.steps)
         table.add_row(cell.kind, cell.arm, *map(str, numbers), f"{cell.flops:.4g}", f"{seconds:.0f}")

@@ -7,7 +7,7 @@ Shape letters: P parameters of the surface that are free.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,12 +86,12 @@ def further_precision(
     rows: pd.DataFrame,
     wish: Wish,
     comparisons: Iterable[Comparison],
-    seconds: Mapping[str, float],
+    price: Callable[[Cell], float],
 ) -> Addition:
     """The runs that bring the multiplier of each arm towards what is wished at the least FLOPs. Without cells there is
     nothing more to run, and the reason says why.
 
-    comparisons: of the analysis of these rows. seconds: of each arm, per FLOP.
+    comparisons: of the analysis of these rows. price: seconds of a cell.
     """
     if failed := missing_cells(plan, arms, rows, plan.select("fit")):
         return Addition(now(), STAGE, f"{len(failed)} runs have no result: start the same command again", [])
@@ -105,9 +105,9 @@ def further_precision(
         left = Wish(
             wish.half_width,
             wish.flops - sum(cell.flops for cell in cells),
-            wish.seconds - sum(cell.flops * seconds[cell.arm] for cell in cells),
+            wish.seconds - sum(map(price, cells)),
         )
-        new, why = _cells_for(comparison, joint, extended, arms, rows, left, seconds)
+        new, why = _cells_for(comparison, joint, extended, arms, rows, left, price)
         (adding if new else ended).append(f"{comparison.arm}: {why}")
         cells += new
     return Addition(now(), STAGE, "; ".join(adding or ended) or "one arm has no multiplier", cells[earlier:])
@@ -120,7 +120,7 @@ def _cells_for(
     arms: Arms,
     rows: pd.DataFrame,
     left: Wish,
-    seconds: Mapping[str, float],
+    price: Callable[[Cell], float],
 ) -> tuple[list[Cell], str]:
     """Cells to add for one arm against the reference, and why these or none."""
     arm, reference = joint.number(comparison.arm), joint.number(comparison.reference)
@@ -140,7 +140,7 @@ def _cells_for(
     slope = power.gradient(joint.fit, arm, reference, plan.design.centre)
     if not np.isfinite(slope).all():
         return [], f"{known}, and the arms' frontiers do not meet near the centre, so no run can be chosen for it"
-    units = _units(joint, plan, arms, rows, (comparison.arm, comparison.reference), seconds)
+    units = _units(joint, plan, arms, rows, (comparison.arm, comparison.reference), price)
     spent = sum(cell.flops for name in (comparison.arm, comparison.reference) for cell in plan.select("fit", name))
     batch = max(GROWTH * spent, min((unit.flops for unit in units), default=0.0))
     normal, errors = (part.sum(0) for part in power.information(joint.fit, joint.fit.model.runs))
@@ -190,7 +190,7 @@ def _take(
 
 
 def _units(
-    joint: Joint, plan: Plan, arms: Arms, rows: pd.DataFrame, pair: tuple[str, str], seconds: Mapping[str, float]
+    joint: Joint, plan: Plan, arms: Arms, rows: pd.DataFrame, pair: tuple[str, str], price: Callable[[Cell], float]
 ) -> list[Unit]:
     """All that may be added for an arm and the reference: seeds of every size that both have, rank by rank as
     `joint.runs_of` pairs them, and one more budget that the held-out one still lies above."""
@@ -207,7 +207,7 @@ def _units(
         missing = [name for name in pair if not plan.select("fit", name, budget)]
         if missing and (plan.holdout_budget is None or budget < plan.holdout_budget):
             choices.append([[cell for name in missing for cell in lay(plan, arms[name], "fit", budget, rows)]])
-    return [_unit(joint, which, seconds, plan.design.budgets[-1]) for which in choices if which and which[0]]
+    return [_unit(joint, which, price, plan.design.budgets[-1]) for which in choices if which and which[0]]
 
 
 def _seeds(plan: Plan, place: tuple[Cell, Cell]) -> list[list[Cell]]:
@@ -218,7 +218,7 @@ def _seeds(plan: Plan, place: tuple[Cell, Cell]) -> list[list[Cell]]:
     return [[again for cell in place if (again := replace(cell, seed=seed)) not in have] for seed in free]
 
 
-def _unit(joint: Joint, choices: list[list[Cell]], seconds: Mapping[str, float], largest: float) -> Unit:
+def _unit(joint: Joint, choices: list[list[Cell]], price: Callable[[Cell], float], largest: float) -> Unit:
     """largest: of the budgets that have runs already."""
     cells = choices[0]
     tokens = np.array([float(cell.tokens) for cell in cells])
@@ -232,7 +232,7 @@ def _unit(joint: Joint, choices: list[list[Cell]], seconds: Mapping[str, float],
         cells[0].budget > largest,
         choices,
         sum(cell.flops for cell in cells),
-        sum(cell.flops * seconds[cell.arm] for cell in cells),
+        sum(map(price, cells)),
         normal.sum(0),
         errors.sum(0),
     )

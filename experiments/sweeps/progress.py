@@ -1,23 +1,15 @@
-"""The progress of a sweep: watched from the sweep's folder, because the launcher may run anywhere.
-
-Shape letters: B sequences, T tokens.
-"""
+"""The progress of a sweep: watched from the sweep's folder, because the launcher may run anywhere."""
 
 import threading
 import time
 from pathlib import Path
 
-import pandas as pd
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from experiments.harness import ledger
-from experiments.harness.assembly import build_model, spend
 from experiments.scaling.design import Cell
-from experiments.sweeps.plan import Arm
-from objectives.contracts import Batch
 
 
 class Progress:
@@ -86,27 +78,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def estimate_seconds(arms: dict[str, Arm], cells: list[Cell], rows: pd.DataFrame) -> dict[str, float]:
-    """Seconds per FLOP for each arm: from its finished runs, or else from a few steps of its middle-sized cell."""
-    rates = {}
-    for name, arm in arms.items():
-        known = rows[(rows.arm == name) & (rows.status == "done")]
-        if len(known):
-            rates[name] = known.wall_seconds.sum() / known.flops.sum()
-            continue
-        mine = sorted((cell for cell in cells if cell.arm == name), key=lambda cell: cell.params)
-        middle = mine[len(mine) // 2]
-        config, measured = arm.configure(middle), arm.measure(middle.width)
-        allocation, objective = spend(config, arm.data, measured), measured.objective
-        model = build_model(config, objective)
-        size = allocation.first_sequence(1)
-        batch = Batch.of(torch.zeros(size, allocation.sequence_length, dtype=torch.long))
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            objective.loss(model, batch, torch.Generator().manual_seed(0)).backward()
-            times.append(time.perf_counter() - start)
-        rates[name] = min(times) / (allocation.flops_per_token * batch.tokens_BT.numel())
-    return rates

@@ -30,7 +30,8 @@ from experiments.sweeps.adaptive import (
 from experiments.sweeps.dry_run import describe
 from experiments.sweeps.plan import Arm, difference, make_cells, make_plan
 from experiments.sweeps.precision import further_precision, read_wish
-from experiments.sweeps.progress import Progress, estimate_seconds
+from experiments.sweeps.prices import prices
+from experiments.sweeps.progress import Progress
 from experiments.sweeps.settings import SweepSettings
 from experiments.terminal import console
 
@@ -161,8 +162,8 @@ class Sweep:
         while self.wish:
             rows = ledger.read(self.ledger)
             found = analyse(rows, self.plan.design, None, self.folder).comparisons
-            seconds = estimate_seconds(self.arms, self.plan.select("fit"), rows)
-            addition = further_precision(self.plan, self.arms, rows, self.wish, found, seconds)
+            price = prices(self.arms, self.plan.select("fit"), rows)
+            addition = further_precision(self.plan, self.arms, rows, self.wish, found, price)
             if not addition.cells:
                 self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
                 return

@@ -13,6 +13,12 @@ from experiments.sweeps.precision import Wish, further_precision, read_wish
 from tests.sweeps.untrained import Untrained
 
 SECONDS = 1e-10  # per FLOP
+
+
+def price(cell):
+    return SECONDS * cell.flops
+
+
 FIVE_PERCENT = Wish(math.log(1.05), math.inf, math.inf)
 
 
@@ -25,7 +31,7 @@ def compare(sweep):
 
 
 def decide(sweep, wish, comparisons):
-    return further_precision(sweep.plan, sweep.arms, sweep.rows, wish, comparisons, dict.fromkeys(sweep.arms, SECONDS))
+    return further_precision(sweep.plan, sweep.arms, sweep.rows, wish, comparisons, price)
 
 
 def finish(sweep, wish):
@@ -84,7 +90,7 @@ def test_what_is_added_keeps_the_limit(fitted, limit):
     addition = decide(sweep, limit, comparisons)
     assert 2e12 < sum(cell.flops for cell in addition.cells) <= 3e12
     after = replace(sweep.plan, additions=[*sweep.plan.additions, addition])
-    rest = further_precision(after, sweep.arms, sweep.rows, limit, comparisons, dict.fromkeys(sweep.arms, SECONDS))
+    rest = further_precision(after, sweep.arms, sweep.rows, limit, comparisons, price)
     assert "have no result" in rest.reason, "it waits for the runs before it decides again"
     tight = replace(limit, flops=min(limit.flops, 1e9), seconds=min(limit.seconds, 1e9 * SECONDS))
     assert "the limit is reached" in decide(sweep, tight, comparisons).reason
@@ -106,19 +112,17 @@ def test_one_more_budget_lies_above_the_planned_and_below_the_held_out(fitted, m
     assert {cell.budget for cell in addition.cells} == {4.8e11} and len(addition.cells) == 12
     monkeypatch.setattr(precision, "GROWTH", 10.0)
     above = replace(sweep.plan, holdout_budget=None)
-    addition = further_precision(above, sweep.arms, sweep.rows, wish, comparisons, dict.fromkeys(sweep.arms, SECONDS))
+    addition = further_precision(above, sweep.arms, sweep.rows, wish, comparisons, price)
     assert len({cell.budget for cell in addition.cells}) == 1, "one, though two would be affordable"
     beneath = replace(sweep.plan, holdout_budget=4e11)
-    addition = further_precision(beneath, sweep.arms, sweep.rows, wish, comparisons, dict.fromkeys(sweep.arms, SECONDS))
+    addition = further_precision(beneath, sweep.arms, sweep.rows, wish, comparisons, price)
     assert "all sizes have 1 seeds and no larger budget can be run" in addition.reason
 
 
 def test_failed_runs_are_waited_for(fitted):
     sweep, comparisons = fitted
     rows = sweep.rows.assign(status=np.where(np.arange(len(sweep.rows)) == 0, "failed", sweep.rows.status))
-    addition = further_precision(
-        sweep.plan, sweep.arms, rows, FIVE_PERCENT, comparisons, dict.fromkeys(sweep.arms, SECONDS)
-    )
+    addition = further_precision(sweep.plan, sweep.arms, rows, FIVE_PERCENT, comparisons, price)
     assert addition.reason == "1 runs have no result: start the same command again"
 
 

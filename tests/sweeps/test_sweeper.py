@@ -92,7 +92,8 @@ def without_training(run):
     ledger.append(run.ledger, dict.fromkeys(ledger.COLUMNS) | {
         "id": run.id, "status": "done", "kind": session.kind, "arm": session.arm, "arch": "", "objective": "",
         "budget_flops": cell["budget"], "flops": cell["flops"], "flops_6nd": cell["flops"], "width": cell["width"],
-        "params_total": cell["params"], "tokens": cell["tokens"], "learning_rate": rate, "seed": cell["seed"],
+        "params_total": cell["params"], "tokens": cell["tokens"], "steps": cell["steps"],
+        "learning_rate": rate, "seed": cell["seed"],
         "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": "exact", "wall_seconds": 1.0,
         "train_seconds": 1.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1.0, "state_bytes": 1.0,
         "device": "none", "code": run.code, "versions": {}, "started": "", "finished": str(time.time()),

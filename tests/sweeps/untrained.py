@@ -85,7 +85,8 @@ class Untrained:
             known.append(dict.fromkeys(ledger.COLUMNS) | {
                 "id": name, "status": status, "kind": cell.kind, "arm": cell.arm, "budget_flops": cell.budget,
                 "flops": cell.flops, "flops_6nd": cell.flops, "params_total": cell.params, "width": cell.width,
-                "tokens": cell.tokens, "learning_rate": cell.learning_rate or 0.01, "seed": cell.seed,
+                "tokens": cell.tokens, "steps": cell.steps, "seed": cell.seed,
+                "learning_rate": cell.learning_rate or 0.01,
                 "bits_per_byte": loss if status == "done" else None, "bits_per_byte_se": 0.0,
                 "bits_per_byte_kind": "exact", "wall_seconds": 1e-10 * cell.flops, "train_seconds": 1e-10 * cell.flops,
                 "tokens_per_second": 1e4, "peak_memory_bytes": 1e9, "state_bytes": 1e5,
