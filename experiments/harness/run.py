@@ -49,23 +49,12 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         config = run.config
         data = open_data(config) if data is None else data
         origin = Origin(run.code, commit(), data.digest)
-        row, begun = finished(run), Origin.read(run.folder / ORIGIN)
-        if row and begun and Origin.of_row(row).differences(begun):
-            row = None  # it was put aside, and what replaces it was stopped
-        if (made := Origin.of_row(row) if row else begun) and (other := made.differences(origin)):
-            if run.session.older == "refuse":
-                what = "was made by" if row else "was begun by"
-                raise ValueError(
-                    f"run {run.id} in {run.folder} {what} {other}: session.older=accept takes it as it is, "
-                    "session.older=replace puts it aside and makes it again"
-                )
-            if run.session.older == "replace":
-                put_aside(run)
-                row = begun = None
+        row, begun = _found(run, origin)
         if row:
             return row
         prepared = prepare_run(config, data)
         if begun is None:
+            begun = origin
             origin.write(run.folder / ORIGIN)
         row = {
             "id": run.id,
@@ -77,8 +66,8 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
             "budget_flops": config.budget.flops,
             "width": config.arch.width,
             "learning_rate": prepared.measured.optimiser.learning_rate,
-            "code": (begun or origin).code,  # that of its beginning, where an older one was accepted
-            "commit": (begun or origin).commit,
+            "code": begun.code,  # that of its beginning, where an older one was accepted
+            "commit": begun.commit,
         }
         row |= {name: config[name].name for name in ("arch", "objective", "data")}
         try:
@@ -93,6 +82,26 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         ledger.write_atomically(run.folder / "row.json", json.dumps(row))
         ledger.append(run.ledger, row)
         return row
+
+
+def _found(run: Run, origin: Origin) -> tuple[dict | None, Origin | None]:
+    """The row that is there already, or what the checkpoints that are there were begun by, as far as the session takes
+    what the present code and data did not make."""
+    row = finished(run)
+    begun = Origin.read(run.folder / ORIGIN) if checkpoints.generations(run.folder) else None
+    if row and begun and Origin.of_row(row).differences(begun):
+        row = None  # it was put aside, and what replaces it was stopped
+    made = Origin.of_row(row) if row else begun
+    other = made.differences(origin) if made else ""
+    if other and run.session.older == "refuse":
+        raise ValueError(
+            f"run {run.id} in {run.folder} was {'made' if row else 'begun'} by {other}: session.older=accept takes it "
+            "as it is, session.older=replace puts it aside and makes it again"
+        )
+    if other and run.session.older == "replace":
+        put_aside(run)
+        return None, None
+    return row, begun
 
 
 @contextmanager

@@ -132,6 +132,18 @@ def test_a_run_does_not_go_on_from_a_checkpoint_of_other_code(make_run, data, mo
     assert accepted["code"] == "0" * 12, "the row says by what code it was begun"
 
 
+def test_a_run_that_crashed_is_tried_again_by_the_code_that_mends_it(make_run, data, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a mistake in the code")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "code_digest", lambda config: "0" * 12)
+        patch.setattr(run_module, "_train", broken)
+        assert execute(make_run(), data)["status"] == "failed"
+    row = execute(make_run(), data)
+    assert row["status"] == "done" and row["code"] == make_run().code
+
+
 def test_a_row_whose_result_is_no_number_is_no_result(make_run, data):
     run = make_run()
     row = execute(run, data)
