@@ -51,11 +51,19 @@ def test_a_fault_of_the_program_is_not_hidden(train_command, monkeypatch, fault)
         command("train")(broken)()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_is_stopped_says_what_is_kept(capsys, number):
+def interrupt(config):
+    raise KeyboardInterrupt  # what Python makes of Ctrl-C
+
+
+def terminate(config):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [interrupt, terminate])
+def test_a_command_that_is_stopped_says_what_is_kept(capsys, stop):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        command("train")(lambda config: os.kill(os.getpid(), number))(OmegaConf.create())
+        command("train")(stop)(OmegaConf.create())
     assert ended.value.code == 130 and "what is finished is kept; start the same command" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
