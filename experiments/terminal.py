@@ -52,9 +52,13 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., 
         @wraps(function)
         def run(config: DictConfig | None = None) -> None:
             """Run on the command line's settings, or on a config that is composed already."""
+            before = os.environ.get(FULL, "0")
             os.environ[FULL] = "1"  # Hydra raises then, and else writes twelve lines
-            with stopped_in_a_sentence(), mistakes_in_a_sentence():
-                main() if config is None else function(config)
+            try:
+                with stopped_in_a_sentence(), mistakes_in_a_sentence():
+                    main() if config is None else function(config)
+            finally:
+                os.environ[FULL] = before
 
         return run
 

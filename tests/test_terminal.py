@@ -38,6 +38,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(train_command, capsys, override, 
     with pytest.raises(SystemExit) as ended:
         train_command(override)
     said = capsys.readouterr().err
+    assert os.environ["HYDRA_FULL_ERROR"] == "0", "the programs that are started next are not to show tracebacks"
     assert ended.value.code == 2 and said.startswith("error: ") and words in said and said.count("\n") == 1
 
 
