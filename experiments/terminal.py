@@ -1,4 +1,4 @@
-"""What the commands share where they meet a person: what was given, what is printed, and the end after a mistake."""
+"""The commands' common side towards a person: what was given, what is printed, and the end after a mistake."""
 
 import os
 import signal

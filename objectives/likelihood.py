@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Generator, Tensor
 
 
@@ -31,7 +31,7 @@ class Likelihood:
         """The range in which the exact bound of these sequences, in nats of all of them, lies with this confidence
         (Student's t)."""
         total = self.nats_B.sum().item()
-        reach = student_t.ppf((1 + confidence) / 2, self.degrees) * self.variance**0.5 if self.degrees else 0.0
+        reach = stdtrit(self.degrees, (1 + confidence) / 2) * self.variance**0.5 if self.degrees else 0.0
         return total - reach, total + reach
 
 

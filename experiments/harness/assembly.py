@@ -32,6 +32,10 @@ class Measured:
     objective: Objective
     optimiser: Optimiser
 
+    def evaluation_flops(self, data: TokenData) -> float:
+        """Returns what one evaluation on all held-out tokens costs: forward passes, a third of training each."""
+        return self.costs.flops_per_token / 3 * self.objective.evaluation_draws * len(data.heldout)
+
 
 @dataclass(frozen=True)
 class Prepared:

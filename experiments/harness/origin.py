@@ -1,4 +1,4 @@
-"""What a result was made by: the code that can change it, the commit beside it for people, and the data.
+"""The origin of a result: the code that can change it, the commit beside it for people, and the data.
 
 The code is known by a digest of the sources that a run comes to import, from its parts' targets and the harness on,
 without comments and docstrings: a mixer that a run does not use may change as it likes.
@@ -69,7 +69,7 @@ def code_digest(identity: dict[str, Any], entry: str = ENTRY) -> str:
     """Returns the digest of the sources that a run of this identity comes to import from `entry` on: of this project,
     and of packages that its `_target_`s name and that are not installed in site-packages."""
     without = KEEPERS if identity.get("init_from") else KEEPERS | CHECKPOINTS
-    waiting, sources = [entry, *(_module_of(target) for target in _targets(identity))], {}
+    waiting, sources = [entry, *(_module_of(target) for target in targets(identity))], {}
     while waiting:
         name = waiting.pop()
         if name in sources or name in without or (path := _source(name)) is None:
@@ -79,15 +79,16 @@ def code_digest(identity: dict[str, Any], entry: str = ENTRY) -> str:
     return hashlib.sha256(json.dumps(sorted(sources.items())).encode()).hexdigest()[:12]
 
 
-def _targets(node: Any) -> Iterator[str]:
+def targets(node: Any) -> Iterator[str]:
+    """Returns the `_target_`s of a config, from the outermost on."""
     if isinstance(node, dict):
         if isinstance(node.get("_target_"), str):
             yield node["_target_"]
         for child in node.values():
-            yield from _targets(child)
+            yield from targets(child)
     elif isinstance(node, list):
         for child in node:
-            yield from _targets(child)
+            yield from targets(child)
 
 
 def _module_of(name: str) -> str:

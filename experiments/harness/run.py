@@ -193,8 +193,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     telemetry = Telemetry(logger.experiment, allocation, peak)
     saving = Checkpoints(folder, session.checkpoint_seconds)
     bar = [RichProgressBar()] if session.progress and os.isatty(1) else []
-    passes = measured.objective.evaluation_draws * len(data.heldout)
-    evaluations = trainer.evaluations_in(allocation.flops, cost.flops_per_token / 3 * passes)
+    evaluations = trainer.evaluations_in(allocation.flops, measured.evaluation_flops(data))
     fitting = trainer.lightning(device, precision, allocation.steps, evaluations, logger, [telemetry, saving, *bar])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")

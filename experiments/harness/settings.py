@@ -1,13 +1,14 @@
 """The settings that a run may have: types and bounds of what is no part's own, and each part's by its signature."""
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from experiments.harness.origin import targets
 from experiments.terminal import nearest
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -113,18 +114,17 @@ def conform_part(node: Mapping[str, Any], path: str) -> None:
         return
     if not isinstance(node["_target_"], str):
         raise ValueError(f"{path}._target_={node['_target_']!r} must be text, the name of what is built")
-    hints, more = _parameters(node["_target_"], path)
+    try:
+        checks, more = _parameters(node["_target_"])
+    except ValueError as error:
+        raise ValueError(f"{path}._target_={node['_target_']!r} {error}") from None
     for name, value in node.items():
-        if name.startswith("_") or _has_target(value):
+        if name.startswith("_") or any(targets(value)):
             continue
-        if name not in hints:
-            if not more:
-                raise ValueError(f"{path}.{name} is no setting of {node['_target_']}{nearest(name, list(hints))}")
-            continue
-        adapter = _adapter(hints[name])
+        if name not in checks and not more:
+            raise ValueError(f"{path}.{name} is no setting of {node['_target_']}{nearest(name, list(checks))}")
         try:
-            if adapter is not None:
-                adapter.validate_python(tuple(value) if _is_tuple(hints[name], value) else value)
+            checks.get(name, _anything)(value)
         except ValidationError as error:
             raise ValueError(_sentence(error, f"{path}.{name}")) from None
 
@@ -141,14 +141,6 @@ def check_run(config: Mapping[str, Any]) -> None:
     for name, node in config.items():
         if isinstance(node, Mapping):
             conform_part(node, name)
-
-
-def packages(node: Any) -> set[str]:
-    """Returns the top-level packages that the `_target_`s of a config name."""
-    if isinstance(node, Mapping):
-        named = {str(node["_target_"]).partition(".")[0]} if "_target_" in node else set()
-        return named.union(*map(packages, node.values()))
-    return set().union(*map(packages, node)) if isinstance(node, list) else set()
 
 
 def check_stranger(node: Any, trusted: Collection[str] = (), path: str = "") -> None:
@@ -173,8 +165,8 @@ def check_stranger(node: Any, trusted: Collection[str] = (), path: str = "") -> 
     known = any(module == part or module.startswith(f"{part}.") for part in PARTS)
     if not known or getattr(locate(target), "__module__", None) != module:
         raise ValueError(
-            f"{path}._target_={target} is no part of this project: whoever wrote that config could run anything by it. "
-            f"trusted=[{str(target).partition('.')[0]}] allows what you know"
+            f"{path}._target_={target!r} is no part of this project: whoever wrote that config could run anything by "
+            f"it. trusted=[{str(target).partition('.')[0]}] allows what you know"
         )
 
 
@@ -187,46 +179,40 @@ def _missing(node: Any, path: str = "") -> Iterator[str]:
         yield from _missing(child, f"{path}.{name}" if path else str(name))
 
 
-def _has_target(value: Any) -> bool:
-    """Whether a value is built, or holds what is, so that no type of its own is known yet."""
-    if isinstance(value, Mapping):
-        return "_target_" in value or any(map(_has_target, value.values()))
-    return isinstance(value, list) and any(map(_has_target, value))
-
-
 @cache
-def _parameters(target: str, path: str) -> tuple[dict[str, Any], bool]:
-    """The parameters of a target with their types, and whether it takes any others."""
+def _parameters(target: str) -> tuple[dict[str, Callable[[Any], Any]], bool]:
+    """Returns a check of each parameter of a target, which raises ValidationError, and whether it takes any others."""
     try:
         found: Any = locate(target)
     except ErrorDuringImport as error:
-        raise ValueError(f"{path}._target_={target} cannot be imported: {error.value!r}") from None
+        raise ValueError(f"cannot be imported: {error.value!r}") from None
     if not callable(found):
-        raise ValueError(
-            f"{path}._target_={target} is nothing that can be built: name a class or a function of a module"
-        )
+        raise ValueError("is nothing that can be built: name a class or a function of a module")
     signature = inspect.signature(found)
     try:
         hints = get_type_hints(found.__init__ if inspect.isclass(found) and "__init__" in vars(found) else found)
     except (NameError, TypeError):
         hints = {}
     kinds = [parameter.kind for parameter in signature.parameters.values()]
-    return {name: hints.get(name, Any) for name in signature.parameters}, inspect.Parameter.VAR_KEYWORD in kinds
+    return {name: _check(hints.get(name, Any)) for name in signature.parameters}, inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _adapter(hint: Any) -> TypeAdapter | None:
-    """None where values of this type cannot be checked before they are built."""
-    try:
-        return TypeAdapter(hint, config=STRICT)
-    except Exception:  # pydantic raises errors of its own for what it has no schema of
+def _check(hint: Any) -> Callable[[Any], Any]:
+    """Returns what raises ValidationError for values that are not of a type; for types of which no value can be checked
+    before it is built, what raises nothing."""
+    for config in (STRICT, None):  # some types bring a config of their own
         try:
-            return TypeAdapter(hint)
-        except Exception:
-            return None
+            check = TypeAdapter(hint, config=config).validate_python
+        except Exception:  # pydantic raises errors of its own for what it has no schema of
+            continue
+        if get_origin(hint) is tuple:
+            return lambda value: check(tuple(value) if isinstance(value, list) else value)
+        return check
+    return _anything
 
 
-def _is_tuple(hint: Any, value: Any) -> bool:
-    return isinstance(value, list) and get_origin(hint) is tuple
+def _anything(value: Any) -> None:
+    pass
 
 
 def _sentence(error: ValidationError, path: str) -> str:

@@ -46,7 +46,7 @@ class Runs:
 
     @property
     def in_largest_budget(self) -> np.ndarray:
-        """Which runs are those of the largest budget [R]."""
+        """True for runs of the largest budget [R]."""
         return self.log_flops > self.log_flops.max() - SAME_BUDGET
 
     def where(self, keep: np.ndarray) -> "Runs":

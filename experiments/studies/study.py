@@ -22,9 +22,8 @@ from experiments.data.token_data import TokenData
 from experiments.findings import Verdict, jsonable, write_json
 from experiments.harness.assembly import open_data
 from experiments.harness.identity import Run, plain
-from experiments.harness.origin import code_digest
+from experiments.harness.origin import code_digest, targets
 from experiments.harness.run import execute
-from experiments.harness.settings import packages
 from experiments.harness.weights import FinishedRun, load_run
 
 Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> the config of a run, with its session
@@ -154,6 +153,6 @@ def rows_of(
         data_settings = json.dumps(OmegaConf.to_container(cell.run.config.data, resolve=True), sort_keys=True)
         if data_settings not in open_once:
             open_once[data_settings] = open_data(cell.run.config)
-        own = packages(plain(cell.run.config))
+        own = {target.partition(".")[0] for target in targets(plain(cell.run.config))}
         write_json(kept, study.measure(cell, load_run(cell.run.folder, open_once[data_settings], own)))
     return [line | found for found in json.loads(kept.read_text())]

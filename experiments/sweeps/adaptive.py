@@ -22,7 +22,6 @@ from experiments.sweeps.plan import Arm, Plan, around
 
 Arms = Mapping[str, Arm]
 Stage = Callable[[Plan, Arms, pd.DataFrame], Addition | None]
-STEPS = 4  # beyond the grid of learning rates, of each curve, where the settings do not say
 
 
 def missing_cells(plan: Plan, arms: Arms, rows: pd.DataFrame, cells: Iterable[Cell]) -> dict[str, Cell]:
@@ -61,7 +60,7 @@ def _rates_of(plan: Plan, arm: Arm, rows: pd.DataFrame) -> tuple[str, list[Cell]
         steps = len({cell.learning_rate for cell in tried}) - (len(grid) if number == 0 else 3)
         if missing_cells(plan, {arm.name: arm}, rows, tried) or not curves or not curves[0].at_edge:
             continue
-        if steps < settings.get("widen", STEPS):
+        if steps < settings["widen"]:
             best = math.exp(curves[0].x[curves[0].best])
             rate = float(f"{best * step if curves[0].at_edge == 'highest' else best / step:.3g}")
             why = f"{where}: {rate:g}, since {best:g}, the {curves[0].at_edge} tried, is best"

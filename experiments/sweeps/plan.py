@@ -13,16 +13,7 @@ from experiments.harness.identity import plain, run_of
 from experiments.scaling.design import BROKEN, Addition, Cell, Corpus, Design
 
 LAID_BLINDLY = 2  # fitted budgets whose sizes are laid around the guess N*, even where later ones are not
-SETTINGS = (
-    "sizes",
-    "span",
-    "seeds",
-    "holdout",
-    "tuning",
-    "recentre",
-    "widen",
-    "above_entropy",
-)  # by which cells are added
+SETTINGS = ("sizes", "span", "seeds", "holdout", "tuning", "recentre", "widen", "above_entropy")  # by which cells come
 FREE = ("commands", "additions")  # in which plans on disk and of a command may differ
 
 

@@ -1,4 +1,4 @@
-"""What cells cost in seconds, by an arm's finished runs or by a few steps of its smallest and its largest model.
+"""Prices of cells in seconds, by an arm's finished runs or by a few steps of its smallest and its largest model.
 
 Shape letters: B sequences, T tokens.
 """
@@ -61,9 +61,8 @@ def fitted(done: pd.DataFrame) -> Price:
 
 def measured(arm: Arm, smallest: Cell, largest: Cell) -> Price:
     """The price by a few steps and an evaluated batch of two models."""
-    (small_step, small_evaluation, small_flops), (step, evaluation, flops) = (
-        _time(arm, x) for x in (smallest, largest)
-    )
+    small_step, small_evaluation, small_flops = _time(arm, smallest)
+    step, evaluation, flops = _time(arm, largest)
     flop = max(0.0, (step - small_step) / (flops - small_flops)) if flops > small_flops else step / flops
     per_token = max(small_evaluation * smallest.tokens / smallest.flops, evaluation * largest.tokens / largest.flops)
     return Price(SET_UP, max(0.0, small_step - flop * small_flops), flop, per_token)
@@ -84,15 +83,12 @@ def _time(arm: Arm, cell: Cell) -> tuple[float, float, float]:
         optimiser.step()
         optimiser.zero_grad()
         took.append(time.perf_counter() - start)
-    windows, start = (
-        min(trainer.evaluation_batch, len(arm.data.heldout) // allocation.sequence_length),
-        time.perf_counter(),
-    )
+    windows = min(trainer.evaluation_batch, len(arm.data.heldout) // allocation.sequence_length)
+    start = time.perf_counter()
     with torch.no_grad():
         objective.evaluate(model, _zeros(windows, allocation.sequence_length), torch.Generator().manual_seed(0))
     once = (time.perf_counter() - start) * len(arm.data.heldout) / (windows * allocation.sequence_length)
-    forward = sized.costs.flops_per_token / 3 * objective.evaluation_draws * len(arm.data.heldout)
-    times = trainer.evaluations_in(allocation.flops, forward)
+    times = trainer.evaluations_in(allocation.flops, sized.evaluation_flops(arm.data))
     return min(took[1:]), once * times, sized.costs.flops_per_token * batch.tokens_BT.numel()
 
 

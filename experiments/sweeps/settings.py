@@ -29,7 +29,7 @@ class TuningSettings(Closed):
     budgets: Annotated[list[Positive], Field(min_length=1)]
     learning_rates: Annotated[list[Positive], Field(min_length=2)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    widen: More = 4
+    widen: More
 
 
 class SweepSettings(Closed):

@@ -33,7 +33,7 @@ MISTAKES = [
     ("+budget.tokens=1", "budget.tokens is no setting that there is: leave it out"),
     ("session.older=x", "session.older='x' must be one of 'refuse', 'accept' or 'replace'"),
     ("data=text_files", "data.tokens.corpus.globs must be given, as data.tokens.corpus.globs=..."),
-    ("optim._target_=nowhere.X", "optim._target_=nowhere.X is nothing that can be built"),
+    ("optim._target_=nowhere.X", "optim._target_='nowhere.X' is nothing that can be built"),
 ]
 
 
@@ -79,7 +79,7 @@ def paths(node, path=""):
 
 @pytest.mark.thorough
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=st.data(), value=ANYTHING)
+@given(drawn=st.data(), value=ANYTHING | st.just("\n"))
 def test_any_value_of_any_setting_conforms_or_is_answered_in_a_sentence(make_config, drawn, value):
     config = plain(make_config("arch=gated_delta_hybrid", "objective=masked_diffusion"))
     path = drawn.draw(st.sampled_from(sorted(paths(config))))
@@ -134,5 +134,5 @@ def test_a_config_of_somebody_else_chooses_no_place_to_write_to(make_config):
 def test_a_run_of_somebody_else_is_read_before_anything_of_it_is_built(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.yaml").write_text("data: {tokens: {_target_: os.mkdir, path: here}}\n")
-    with pytest.raises(ValueError, match="data.tokens._target_=os.mkdir is no part of this project"):
+    with pytest.raises(ValueError, match="data.tokens._target_='os.mkdir' is no part of this project"):
         load_run(tmp_path)

@@ -15,7 +15,7 @@ def runs(price, cells, noise=0.0):
 
 
 def steps_of(cells):
-    """Cells of 512 tokens a step, as Untrained leaves them with one."""
+    """Returns the cells with steps of 512 tokens each, which Untrained leaves with one step."""
     return [type(cell)(**vars(cell) | {"steps": cell.tokens // 512}) for cell in cells]
 
 
