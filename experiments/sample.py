@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from experiments.data.token_data import TokenData
-from experiments.harness.assembly import build
+from experiments.harness.parts import build
 from experiments.harness.weights import load_run
 from experiments.terminal import command, given
 from objectives.contracts import MASKED, Request

@@ -1,19 +1,16 @@
-"""From a run's config to its data, objective and model, and to what the run will be before anything is trained."""
+"""From a run's config to what the run will be, before anything is trained."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from archs.costs import Costs, costs
-from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.data.windows import check_enough, document_lengths
 from experiments.harness.budget import Allocation, allocate
 from experiments.harness.optimisers import Optimiser
+from experiments.harness.parts import build, build_model, build_objective
 from experiments.harness.schedules import Schedule
 from experiments.harness.trainer import Trainer
 from objectives.contracts import Objective
@@ -49,34 +46,13 @@ class Prepared:
     precision: str
     compiled: bool
 
-
-def build(node: DictConfig, **arguments: Any) -> Any:
-    """Return what a node of the config builds.
-
-    Raises:
-        ValueError: that of the part, without Hydra's words around it.
-    """
-    try:
-        return instantiate(node, **arguments)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
-
-
-def open_data(config: DictConfig) -> TokenData:
-    """The data of a run."""
-    return build(config.data.tokens)
-
-
-def build_objective(config: DictConfig, data: TokenData) -> Objective:
-    """The objective for the vocabulary of the data."""
-    return build(config.objective.build, vocab_size=data.vocab_size, eot=data.eot)
-
-
-def build_model(config: DictConfig, objective: Objective) -> LanguageModel:
-    """The backbone with what the objective needs of it: its vocabulary, and parts that it asks for."""
-    return build(config.arch.model, vocab_size=objective.model_vocab_size, **objective.model_options)
+    def __str__(self) -> str:
+        """Returns what a person wants to know before it begins."""
+        params, allocation = self.measured.costs.params_total, self.allocation
+        return (
+            f"{params:,} parameters, {allocation.steps:,} steps of {allocation.tokens / allocation.steps:,.0f} tokens, "
+            f"{allocation.flops:.3g} FLOPs, {self.precision}{', compiled' if self.compiled else ''}"
+        )
 
 
 def measure(config: DictConfig, data: TokenData) -> Measured:

@@ -4,37 +4,26 @@ import hashlib
 import logging
 import os
 import re
-import time
+from collections.abc import Callable
 from pathlib import Path
-
-import lightning as L
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.ckpt")
 KEPT = 2
 
 
-class Checkpoints(L.Callback):
-    """Writes a checkpoint of a training every so many seconds, whole or not at all, and keeps the last two.
+def write(folder: Path, step: int, save: Callable[[Path], None]) -> None:
+    """Write the checkpoint of a step, whole or not at all, and keep the last two.
 
     Args:
         folder: of the run.
-        seconds: between checkpoints.
+        save: writes what is to be kept into a file.
     """
-
-    def __init__(self, folder: Path, seconds: float):
-        self.folder, self.seconds = folder, seconds
-        self.written = time.monotonic()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        if time.monotonic() - self.written < self.seconds:
-            return
-        unfinished = self.folder / "unfinished.ckpt"
-        trainer.save_checkpoint(unfinished)
-        os.replace(unfinished, self.folder / f"step-{trainer.global_step:09d}-{_digest(unfinished)}.ckpt")
-        for _, older in generations(self.folder)[KEPT:]:
-            older.unlink()
-        self.written = time.monotonic()
+    unfinished = folder / "unfinished.ckpt"
+    save(unfinished)
+    os.replace(unfinished, folder / f"step-{step:09d}-{_digest(unfinished)}.ckpt")
+    for _, older in generations(folder)[KEPT:]:
+        older.unlink()
 
 
 def generations(folder: Path) -> list[tuple[int, Path]]:

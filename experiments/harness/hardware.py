@@ -1,17 +1,12 @@
-"""What the machine is and what pays on it: precision, compilation, peak arithmetic, memory."""
+"""What the machine is and what pays on it: precision, compilation, peak arithmetic."""
 
 import functools
-import logging
 import platform
 import re
-import resource
 import time
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
-
-log = logging.getLogger(__name__)
 
 
 def best_precision(device: torch.device, width: int) -> str:
@@ -33,8 +28,11 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """Peak FLOP/s, the denominator of model-FLOPs utilisation: the data sheet's figure for GPUs that Lightning
     knows, else the best of a few matrix products measured here and now."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if device.type == "cuda" and (listed := get_available_flops(device, dtype)):
-        return float(listed)
+    if device.type == "cuda":
+        from lightning.fabric.utilities.throughput import get_available_flops  # seconds, for nothing on a CPU
+
+        if listed := get_available_flops(device, dtype):
+            return float(listed)
     n = 1024 if device.type == "cpu" else 8192
     a, best = torch.randn(n, n, dtype=dtype, device=device), float("inf")
     for _ in range(6):
@@ -42,25 +40,6 @@ def peak_flops(device: torch.device, precision: str) -> float:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new maximum, so that a run in a long-lived worker reports its own."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory since the reset: allocated on a GPU, resident for the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def device_name(device: torch.device) -> str:

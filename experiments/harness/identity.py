@@ -16,7 +16,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.harness.origin import code_digest
-from experiments.harness.settings import check_run
+from experiments.harness.settings import check_parts, check_settings
 
 SESSION = "session"
 
@@ -79,13 +79,16 @@ def run_of(config: DictConfig) -> Run:
         ValueError: for settings that no run can have, and for an `init_from` without weights.
     """
     parts = plain(config)
-    check_run(parts)
+    check_settings(parts)
     session = parts.pop(SESSION)
     session = Session(**session | {"root": Path(session["root"])})
     init_from = None
     if parts["init_from"] is not None:
         init_from, parts["init_from"] = find_weights(str(parts["init_from"]), session.root)
-    return Run(DictConfig(parts), session, init_from)
+    run = Run(DictConfig(parts), session, init_from)
+    if not (run.folder / "row.json").exists():  # else they were good, and importing them takes a second
+        check_parts(parts)
+    return run
 
 
 def load_config(path: Path | str) -> DictConfig:

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 ENTRY = "experiments.harness.run"
 CHECKPOINTS = {"archs.checkpoints", "archs.checkpoints.likeness"}  # for runs that begin from weights
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-KEEPERS = {f"experiments.harness.{name}" for name in ("identity", "ledger", "origin")}  # name and keep, compute nothing
+# They name, check, keep and show, and compute nothing.
+KEEPERS = {f"experiments.harness.{name}" for name in ("identity", "ledger", "origin", "settings", "progress_bar")}
 
 
 @dataclass(frozen=True)

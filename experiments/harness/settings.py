@@ -129,18 +129,36 @@ def conform_part(node: Mapping[str, Any], path: str) -> None:
             raise ValueError(_sentence(error, f"{path}.{name}")) from None
 
 
-def check_run(config: Mapping[str, Any]) -> None:
-    """Check the whole config of a run, before anything is loaded for it.
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Check what is no part's own in the config of a run.
 
     Raises:
-        ValueError: as `conform` and `conform_part` do.
+        ValueError: as `conform` does, and for what is still to be given.
     """
     for path in _missing(config):
         raise ValueError(f"{path} must be given, as {path}=...")
     conform(RunSettings, config)
+
+
+def check_parts(config: Mapping[str, Any]) -> None:
+    """Check what the config of a run hands to its parts, which are imported for it.
+
+    Raises:
+        ValueError: as `conform_part` does.
+    """
     for name, node in config.items():
         if isinstance(node, Mapping):
             conform_part(node, name)
+
+
+def check_run(config: Mapping[str, Any]) -> None:
+    """Check the whole config of a run, before anything is loaded for it.
+
+    Raises:
+        ValueError: as `check_settings` and `check_parts` do.
+    """
+    check_settings(config)
+    check_parts(config)
 
 
 def check_stranger(node: Any, trusted: Collection[str] = (), path: str = "") -> None:

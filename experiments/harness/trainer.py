@@ -1,14 +1,9 @@
 """How a run is trained, whatever it trains: `trainer=`."""
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.loggers import Logger
 
 from experiments.harness import hardware
 
@@ -86,32 +81,3 @@ class Trainer:
         if self.evaluations != "auto":
             return self.evaluations
         return max(1, min(MOST, int(SHARE * training_flops / evaluation_flops)))
-
-    def lightning(
-        self,
-        device: torch.device,
-        precision: str,
-        steps: int,
-        evaluations: int,
-        logger: Logger,
-        callbacks: Sequence[Callback],
-    ) -> L.Trainer:
-        """Lightning's trainer of one run."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            return L.Trainer(
-                accelerator=device.type,
-                devices=self.devices,
-                num_nodes=self.nodes,
-                strategy=self.strategy,
-                precision="bf16-mixed" if precision == "bf16" else "32-true",
-                max_steps=steps,
-                max_epochs=1,
-                val_check_interval=-(-steps // evaluations),
-                num_sanity_val_steps=0,
-                logger=logger,
-                callbacks=list(callbacks),
-                enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-                enable_checkpointing=False,  # ours is a callback like any other
-                enable_model_summary=False,
-            )

@@ -14,8 +14,8 @@ from archs.checkpoints import read, read_config
 from archs.checkpoints.likeness import check_settings
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
-from experiments.harness.assembly import build_model, build_objective, open_data
 from experiments.harness.identity import load_config, plain
+from experiments.harness.parts import build_model, build_objective, open_data
 from experiments.harness.settings import check_stranger
 from objectives.contracts import Objective
 

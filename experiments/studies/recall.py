@@ -16,8 +16,9 @@ from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.data.windows import heldout_windows
 from experiments.findings import QUANTILES, Estimate, Verdict
-from experiments.harness.assembly import measure, open_data
+from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
+from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.study import Cell, Compose, Study

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from experiments.findings import Estimate, Verdict
-from experiments.harness.assembly import measure, open_data
+from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
+from experiments.harness.parts import open_data
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.study import Cell, Compose, Study
 

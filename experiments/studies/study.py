@@ -20,9 +20,9 @@ from rich.progress import track
 
 from experiments.data.token_data import TokenData
 from experiments.findings import Verdict, jsonable, write_json
-from experiments.harness.assembly import open_data
 from experiments.harness.identity import Run, plain
 from experiments.harness.origin import code_digest, targets
+from experiments.harness.parts import open_data
 from experiments.harness.run import execute
 from experiments.harness.weights import FinishedRun, load_run
 

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from scipy.optimize import nnls
 
-from experiments.harness.assembly import build, build_model, spend
+from experiments.harness.assembly import spend
+from experiments.harness.parts import build, build_model
 from experiments.scaling.design import Cell
 from experiments.sweeps.plan import Arm
 from objectives.contracts import Batch

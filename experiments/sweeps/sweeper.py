@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
-from experiments.harness.assembly import open_data
 from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
+from experiments.harness.parts import open_data
 from experiments.harness.settings import check_run, conform
 from experiments.report import report
 from experiments.scaling.analysis import analyse

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from archs.language_model import LanguageModel
 from experiments.harness import weights
-from experiments.harness.assembly import build_model
 from experiments.harness.identity import SESSION, find_weights, run_of
+from experiments.harness.parts import build_model
 from experiments.harness.run import execute
 from experiments.harness.weights import begin_from, load_run
 
@@ -28,7 +28,8 @@ def leaves(config, path=""):
 
 @pytest.mark.thorough
 def test_every_value_outside_the_session_is_part_of_the_identity_and_none_inside(make_config, monkeypatch):
-    monkeypatch.setattr("experiments.harness.identity.check_run", lambda config: None)  # any value will do
+    for check in ("check_settings", "check_parts"):  # any value will do
+        monkeypatch.setattr(f"experiments.harness.identity.{check}", lambda config: None)
     config = make_config("arch=qwen3_next", "objective=masked_diffusion")
     before, inside, outside = run_of(config).id, 0, 0
     for path, value in list(leaves(config)):
@@ -119,7 +120,7 @@ def test_another_objective_takes_what_both_have_and_begins_the_rest_anew(make_ru
         begin_from(model, folder)
         taken.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
-    monkeypatch.setattr("experiments.harness.run.begin_from", watch)
+    monkeypatch.setattr("experiments.harness.training.begin_from", watch)
     assert execute(run, data)["status"] == "done"
     for name, theirs in source.named_parameters():
         if name in taken:

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.harness import identity, ledger, origin
-from experiments.harness import run as run_module
+from experiments.harness import identity, ledger, origin, training
 from experiments.harness.run import execute
 from experiments.harness.telemetry import Telemetry
 
@@ -86,7 +85,7 @@ def test_a_result_of_other_data_is_refused_in_a_sentence(make_run, data):
 def test_a_result_of_other_code_is_taken_as_it_is_where_that_is_asked_for(make_run, data, other_code, monkeypatch):
     first = execute(make_run(), data)
     monkeypatch.undo()
-    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
     assert execute(make_run("session.older=accept"), data)["finished"] == first["finished"]
 
 
@@ -138,7 +137,7 @@ def test_a_run_that_crashed_is_tried_again_by_the_code_that_mends_it(make_run, d
 
     with monkeypatch.context() as patch:
         patch.setattr(identity, "code_digest", lambda config: "0" * 12)
-        patch.setattr(run_module, "_train", broken)
+        patch.setattr(training, "_train", broken)
         assert execute(make_run(), data)["status"] == "failed"
     row = execute(make_run(), data)
     assert row["status"] == "done" and row["code"] == make_run().code

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from archs.checkpoints import read, write
-from experiments.harness.assembly import build_model, build_objective
 from experiments.harness.identity import run_of
+from experiments.harness.parts import build_model, build_objective
 from experiments.harness.run import execute
 from experiments.harness.weights import begin_from
 

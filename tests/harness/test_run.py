@@ -13,8 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments import sample
 from experiments.data.windows import heldout_windows
-from experiments.harness import ledger, weights
-from experiments.harness import run as run_module
+from experiments.harness import ledger, training, weights
 from experiments.harness.assembly import prepare_run
 from experiments.harness.run import execute
 from experiments.harness.telemetry import Telemetry
@@ -45,7 +44,7 @@ def test_every_backbone_trains_under_every_objective_and_learns(make_run, data, 
 
 def test_a_finished_run_is_not_trained_again(make_run, data, monkeypatch):
     first = execute(make_run(), data)
-    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
     again = execute(make_run(), data)
     assert again["finished"] == first["finished"] and again["bits_per_byte"] == first["bits_per_byte"]
     assert len(ledger.read(make_run().ledger)) == 1
@@ -55,7 +54,7 @@ def test_a_row_that_did_not_reach_the_ledger_is_added_from_the_runs_folder(make_
     run = make_run()
     first = execute(run, data)
     run.ledger.write_text("")
-    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
     execute(run, data)
     assert ledger.read(run.ledger).iloc[0].bits_per_byte == first["bits_per_byte"]
 
@@ -108,7 +107,7 @@ def test_a_crash_is_a_row_and_is_tried_again(make_run, data, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_train", broken)
+        patch.setattr(training, "_train", broken)
         row = execute(make_run(), data)
     assert row["status"] == "failed" and row["error"] == "RuntimeError: out of memory"
     assert execute(make_run(), data)["status"] == "done"

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from experiments import study as command
 from experiments.findings import Estimate, StudyOutcome, Verdict, write_json
-from experiments.harness import run as run_module
+from experiments.harness import training
 from experiments.studies.index import listing, write_index
 from experiments.studies.study import Study, carry_out
 
@@ -33,7 +33,7 @@ def test_its_tiny_form_runs_ends_in_a_verdict_and_is_not_run_again(name, tmp_pat
     kept = json.loads((tmp_path / "out" / "verdict.json").read_text())
     assert kept["verdict"]["rule"] == plan["rule"] == verdict.rule and kept["planned"] == plan["written"]
 
-    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
     again = run_tiny(name, tmp_path)
     assert again == verdict
     assert pd.read_csv(tmp_path / "out" / "table.csv").equals(table)
@@ -72,7 +72,7 @@ def test_a_failed_run_is_a_row_and_is_not_measured(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run_module, "_train", broken)
+    monkeypatch.setattr(training, "_train", broken)
     verdict = run_tiny("repeated_data", tmp_path)
     assert verdict.outcome == "cannot tell"
     assert set(pd.read_csv(tmp_path / "out" / "table.csv").error) == {"RuntimeError: out of memory"}

@@ -21,7 +21,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
 from experiments import sweep as command
-from experiments.harness import identity, ledger
+from experiments.harness import identity, ledger, training
 from experiments.harness import run as run_module
 from experiments.harness.identity import load_config, run_of
 from experiments.harness.telemetry import Telemetry
@@ -128,7 +128,7 @@ KILLS = {  # in the order in which they come
     "in a training step of a later cell": (Telemetry, "on_train_batch_start", 20),
     "before a row lies beside its run": (ledger, "write_atomically", 2),
     "before a row is in the ledger": (ledger, "append", 2),
-    "before the weights are written": (run_module, "save_weights", 2),
+    "before the weights are written": (training, "save_weights", 2),
     "before the choice of learning rates is written": (sweeper_module, "write_json", 1),
     "before the prediction": (sweeper_module, "predict", 1),
     "before the report": (sweeper_module.report, "write", 1),
@@ -138,7 +138,7 @@ KILLS = {  # in the order in which they come
 def test_a_sweep_killed_anywhere_trains_every_cell_exactly_once(sweep, tmp_path, monkeypatch):
     """One sweep, killed at every one of these places in turn."""
     ends, trained = {}, []
-    original = run_module._train
+    original = training._train
     for module, name, call in KILLS.values():
         with monkeypatch.context() as patch, pytest.raises(Killed):
             killed_at(patch, module, name, call)
@@ -150,7 +150,7 @@ def test_a_sweep_killed_anywhere_trains_every_cell_exactly_once(sweep, tmp_path,
         trained.append(run.id)
         return original(run, *rest)
 
-    monkeypatch.setattr(run_module, "_train", watch)
+    monkeypatch.setattr(training, "_train", watch)
     output = sweep(ONE_ARM, "session.checkpoint_seconds=0")
     rows, plan = rows_of(tmp_path), json.loads((tmp_path / "plan.json").read_text())
     lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
@@ -279,7 +279,7 @@ def test_a_dry_run_prints_the_cells_and_runs_nothing(sweep, tmp_path):
 
 
 def test_a_cell_that_diverges_or_crashes_does_not_stop_the_others(sweep, tmp_path, monkeypatch):
-    original, crashed = run_module._train, []
+    original, crashed = training._train, []
 
     def crash_once(run, *rest):
         if run.session.kind == "fit" and not crashed:
@@ -291,7 +291,7 @@ def test_a_cell_that_diverges_or_crashes_does_not_stop_the_others(sweep, tmp_pat
         ONE_ARM, "sweep.holdout=null", "sweep.tuning={budgets:[4e7],learning_rates:[0.01,1e30],seeds:[1000]}",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_train", crash_once)
+        patch.setattr(training, "_train", crash_once)
         output = sweep(*settings)
     assert rows_of(tmp_path).status.value_counts().to_dict() == {"done": 6, "diverged": 1, "failed": 1}
     assert re.search("1 diverged.*1 failed.*start", output)

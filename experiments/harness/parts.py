@@ -1,0 +1,45 @@
+"""Parts of a run, built from the nodes of its config. Only what is built is imported, so that a run that is found
+again need not wait for torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.data.token_data import TokenData
+
+if TYPE_CHECKING:
+    from archs.language_model import LanguageModel
+    from objectives.contracts import Objective
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Return what a node of the config builds.
+
+    Raises:
+        ValueError: that of the part, without Hydra's words around it.
+    """
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def open_data(config: DictConfig) -> TokenData:
+    """Return the data of a run."""
+    return build(config.data.tokens)
+
+
+def build_objective(config: DictConfig, data: TokenData) -> Objective:
+    """Return the objective for the vocabulary of the data."""
+    return build(config.objective.build, vocab_size=data.vocab_size, eot=data.eot)
+
+
+def build_model(config: DictConfig, objective: Objective) -> LanguageModel:
+    """Return the backbone with what the objective needs of it: its vocabulary, and parts that it asks for."""
+    return build(config.arch.model, vocab_size=objective.model_vocab_size, **objective.model_options)

@@ -1,0 +1,164 @@
+"""One training by Lightning, with all that is kept of it."""
+
+import logging
+import math
+import platform
+import time
+import warnings
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import OmegaConf
+
+from experiments.data.token_data import TokenData
+from experiments.harness import checkpoints, hardware
+from experiments.harness.assembly import Prepared
+from experiments.harness.data_module import DataModule
+from experiments.harness.identity import Run
+from experiments.harness.memory import peak_memory_bytes
+from experiments.harness.parts import build_model
+from experiments.harness.progress_bar import ProgressBar
+from experiments.harness.telemetry import Diverged, Telemetry
+from experiments.harness.training_module import TrainingModule
+from experiments.harness.weights import begin_from, save_weights
+
+log = logging.getLogger(__name__)
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+class Checkpoints(L.Callback):
+    """Writes a checkpoint of a training every so many seconds."""
+
+    def __init__(self, run: Run):
+        self.folder, self.seconds = run.folder, run.session.checkpoint_seconds
+        self.written = time.monotonic()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if time.monotonic() - self.written >= self.seconds:
+            checkpoints.write(self.folder, trainer.global_step, trainer.save_checkpoint)
+            self.written = time.monotonic()
+
+
+def train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
+    """Train and evaluate one run in its folder, from its last checkpoint on where there is one; return its row with
+    what was found, or with the reason why it diverged or crashed."""
+    row = row | _planned(run, data, prepared)
+    try:
+        return row | _train(run, data, prepared, row)
+    except Diverged as error:
+        return row | {"status": "diverged", "error": str(error)}
+    except Exception as error:
+        log.exception("run %s failed", run.id)
+        return row | {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _planned(run: Run, data: TokenData, prepared: Prepared) -> dict:
+    """Returns the part of a row that is known before the first step."""
+    allocation, measured, cost = prepared.allocation, prepared.measured, prepared.measured.costs
+    return {
+        "data_digest": data.digest,
+        "optimiser": type(measured.optimiser).__name__,
+        "schedule": type(prepared.schedule).__name__,
+        "flops": allocation.flops,
+        "flops_6nd": 6.0 * cost.params_active * allocation.tokens,
+        "flops_per_token": cost.flops_per_token,
+        "params_total": cost.params_total,
+        "params_active": cost.params_active,
+        "params_non_embedding": cost.params_non_embedding,
+        "depth": measured.depth,
+        "tokens": allocation.tokens,
+        "steps": allocation.steps,
+        "batch_tokens": allocation.tokens / allocation.steps,
+        "sequence_length": allocation.sequence_length,
+        "state_bytes": cost.state_bytes,
+        "device": hardware.device_name(prepared.device),
+        "precision": prepared.precision,
+        "compiled": prepared.compiled,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__},
+    }
+
+
+def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
+    """Returns the part of a row that is known at the end.
+
+    Raises:
+        Diverged: when a loss is no longer finite.
+    """
+    config, folder = run.config, run.folder
+    allocation, measured, settings = prepared.allocation, prepared.measured, prepared.trainer
+    cost, peak = measured.costs, hardware.peak_flops(prepared.device, prepared.precision)
+    OmegaConf.save(config, folder / "config.yaml")
+    L.seed_everything(config.seed, verbose=False)
+    model = build_model(config, measured.objective)
+    if run.init_from is not None:
+        begin_from(model, run.init_from)
+    if prepared.compiled:
+        model.hidden = torch.compile(model.hidden)
+    module = TrainingModule(
+        model,
+        measured.objective,
+        measured.optimiser,
+        prepared.schedule,
+        settings.gradient_clip,
+        allocation.steps,
+        allocation.tokens,
+        data.heldout_bytes,
+        config.seed,
+    )
+    data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
+    logger = TensorBoardLogger(folder, name="", version="")
+    telemetry = Telemetry(logger.experiment, allocation, peak)
+    bar = [ProgressBar(telemetry, allocation.steps, prepared.compiled)] if run.session.progress else []
+    evaluations = settings.evaluations_in(allocation.flops, measured.evaluation_flops(data))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = _trainer(prepared, evaluations, logger, [telemetry, Checkpoints(run), *bar])
+        trainer.fit(module, data_module, ckpt_path=checkpoints.last_good(folder))
+        if trainer.global_step < allocation.steps:
+            raise KeyboardInterrupt(f"stopped after step {trainer.global_step} of {allocation.steps}")
+        if module.evaluated_at < allocation.steps:
+            trainer.validate(module, data_module, verbose=False)
+    logger.log_hyperparams(
+        {key: row[key] for key in ("arm", "budget_flops", "params_total", "width", "learning_rate", "seed")},
+        {"heldout_bits_per_byte": module.bits_per_byte},
+    )
+    np.save(folder / "heldout_nats.npy", module.heldout_nats)
+    save_weights(model, folder / "model.safetensors")
+    checkpoints.remove(folder)
+    speed = allocation.tokens / telemetry.train_seconds
+    return {
+        "status": "done",
+        "bits_per_byte": module.bits_per_byte,
+        "bits_per_byte_se": module.bits_per_byte_se,
+        "bits_per_byte_data_se": module.bits_per_byte_data_se,
+        "bits_per_byte_kind": "exact" if module.exact else "bound",
+        "entropy_bits_per_byte": data.heldout_entropy and data.heldout_entropy / math.log(2) / data.heldout_bytes,
+        "train_loss": telemetry.train_loss,
+        "wall_seconds": telemetry.wall_seconds,
+        "train_seconds": telemetry.train_seconds,
+        "tokens_per_second": speed,
+        "peak_memory_bytes": peak_memory_bytes(prepared.device),
+        "mfu": speed * cost.flops_per_token / peak,
+    }
+
+
+def _trainer(prepared: Prepared, evaluations: int, logger: Logger, callbacks: list[L.Callback]) -> L.Trainer:
+    settings, steps = prepared.trainer, prepared.allocation.steps
+    return L.Trainer(
+        accelerator=prepared.device.type,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=settings.strategy,
+        precision="bf16-mixed" if prepared.precision == "bf16" else "32-true",
+        max_steps=steps,
+        max_epochs=1,
+        val_check_interval=-(-steps // evaluations),
+        num_sanity_val_steps=0,
+        logger=logger,
+        callbacks=callbacks,
+        enable_progress_bar=False,  # these two are callbacks of ours
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
