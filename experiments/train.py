@@ -8,14 +8,18 @@ import sys
 
 from omegaconf import DictConfig
 
-from experiments.harness.identity import run_of
+from experiments.harness.identity import plain, run_of
+from experiments.harness.settings import check_settings
 from experiments.terminal import command
 
 
 @command("train")
 def main(config: DictConfig) -> None:
+    check_settings(plain(config))
+    if config.session.progress:
+        print(f"{config.arch.name} under {config.objective.name}: reading the settings", file=sys.stderr, flush=True)
     run = run_of(config)
-    from experiments.harness.run import execute  # seconds, which a mistake in the settings need not wait for
+    from experiments.harness.run import execute  # pandas, which a mistake in the settings need not wait for
 
     row = execute(run)
     print(json.dumps(row), flush=True)

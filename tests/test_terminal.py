@@ -31,7 +31,7 @@ def train_command(monkeypatch, tmp_path):
         ("hydra/launcher=submitit_slurm", "others come with packages, such as hydra-submitit-launcher"),
         ("budget.flops=[1,", "budget.flops=[1, cannot be read: write name=value"),
         ("budget.flops=lots", "budget.flops='lots' must be a number"),
-        ("data=text_files", "data.tokens.corpus.globs must be given"),
+        ("data=text_files", "data.path must be given, as data.path=..."),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(train_command, capsys, override, words):

@@ -7,13 +7,16 @@ import json
 import lzma
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from pathlib import Path
+from typing import BinaryIO
 
 from experiments.data.token_data import character_boundary
 
 PLAIN = (".txt", ".md", ".jsonl")
+KINDS = (*PLAIN, ".parquet")
+BLOCK = 1 << 20  # bytes
 
 
 def open_zstandard(path: Path, mode: str) -> io.BufferedReader:
@@ -67,9 +70,9 @@ class TextFiles:
     can be on both sides of the split. Of a .jsonl or .parquet file every row is a document, whole.
 
     Args:
-        globs: one or more patterns, ** for any depth.
+        globs: one or more files, folders (all in them that can be read) or patterns, ** for any depth.
         field: the JSON field or parquet column with the text.
-        max_document_bytes: for a corpus of one small file, take some hundredth of its size.
+        max_document_bytes: None for a 512th of all files, from 1024 to 65536, so that one small file gives enough.
         name: for reports and the cache.
     """
 
@@ -77,10 +80,10 @@ class TextFiles:
         self,
         globs: str | Iterable[str],
         field: str = "text",
-        max_document_bytes: int = 65536,
+        max_document_bytes: int | None = None,
         name: str = "text_files",
     ):
-        if max_document_bytes < 4:
+        if max_document_bytes is not None and max_document_bytes < 4:
             raise ValueError(f"max_document_bytes={max_document_bytes} must be at least 4, the longest character")
         self.globs = [globs] if isinstance(globs, str) else list(globs)
         self.field, self.max_document_bytes, self.name = field, max_document_bytes, name
@@ -92,11 +95,14 @@ class TextFiles:
         """
         found = set()
         for pattern in self.globs:
-            if not (matches := matching_files(pattern)):
+            matches = matching_files(pattern)
+            if Path(pattern).expanduser().is_dir():
+                matches = [path for path in matching_files(f"{pattern}/**/*") if kind(path) in KINDS]
+            if not matches:
                 raise ValueError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
             found.update(matches)
         for path in found:
-            if kind(path) not in (*PLAIN, ".parquet"):
+            if kind(path) not in KINDS:
                 raise ValueError(f"cannot read {path}: the kinds of files are {READABLE}")
         return sorted(found)
 
@@ -108,12 +114,11 @@ class TextFiles:
         Raises:
             ValueError: a file cannot be read or has no such field; the message names the file and the line.
         """
+        files = self.files()
+        limit = self.max_document_bytes or min(65536, max(1024, sum(path.stat().st_size for path in files) // 512))
         readers = {".jsonl": self._jsonl, ".parquet": self._parquet}
-        for path in self.files():
-            yield from readers.get(kind(path), self._text)(path)
-
-    def _text(self, path: Path) -> Iterator[bytes]:
-        return cut(b"".join(lines(path)), self.max_document_bytes)
+        for path in files:
+            yield from readers[kind(path)](path) if kind(path) in readers else cut(blocks(path), limit)
 
     def _jsonl(self, path: Path) -> Iterator[bytes]:
         for number, line in enumerate(lines(path), 1):
@@ -182,11 +187,8 @@ class HuggingFace:
         Raises:
             ValueError: no such column, or a value that is not text.
         """
-        from datasets import load_dataset
-
         size = 0
-        rows = load_dataset(**self.arguments, data_files=self.data_files, streaming=True)
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(self._rows(), 1):
             if self.field not in row:
                 raise ValueError(f"{self.name}, row {number} has no field {self.field!r}; its fields are {sorted(row)}")
             document = text_bytes(row[self.field], f"{self.name}, row {number}, field {self.field!r}")
@@ -195,16 +197,32 @@ class HuggingFace:
                 return
             yield document
 
+    def _rows(self) -> Iterator[dict]:
+        from datasets import load_dataset
 
-def cut(text: bytes, limit: int) -> Iterator[bytes]:
+        try:
+            yield from load_dataset(**self.arguments, data_files=self.data_files, streaming=True)
+        except Exception as error:  # of the network, the hub and its files, each library with errors of its own
+            path = self.arguments["path"]
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            raise ValueError(
+                f"data set {path} cannot be read ({said}): it needs the network the first time; check "
+                "data.tokens.corpus, or take text of your own with data=text_files data.path=..."
+            ) from error
+
+
+def cut(text: Iterable[bytes], limit: int) -> Iterator[bytes]:
     """Pieces of at most `limit` bytes that end after a line, or after a character where a line is longer."""
-    start = 0
-    while len(text) - start > limit:
-        end = text.rfind(b"\n", start, start + limit) + 1
-        end = end or start + character_boundary(text[start : start + limit + 1], limit)
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    rest = b""
+    for block in text:
+        rest, start = rest + block, 0
+        while len(rest) - start > limit:
+            end = rest.rfind(b"\n", start, start + limit) + 1
+            end = end or start + character_boundary(rest[start : start + limit + 1], limit)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    yield rest
 
 
 def kind(path: Path) -> str:
@@ -214,14 +232,23 @@ def kind(path: Path) -> str:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked where its suffix says so.
+    """The lines of a file, unpacked where its suffix says so."""
+    return _read(path, lambda file: file)
 
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, unpacked where its suffix says so, some at a time."""
+    return _read(path, lambda file: iter(lambda: file.read(BLOCK), b""))
+
+
+def _read(path: Path, parts: Callable[[BinaryIO], Iterable[bytes]]) -> Iterator[bytes]:
+    """
     Raises:
         ValueError: it cannot be read; names the file.
     """
     try:
         with PACKED.get(path.suffix, open)(path, "rb") as file:
-            yield from file
+            yield from parts(file)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 

@@ -4,10 +4,8 @@ import hashlib
 import json
 import logging
 import math
-import mmap
 import os
 import shutil
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +14,13 @@ from typing import Protocol
 import numpy as np
 from filelock import FileLock
 
+from experiments.data.progress import watched
+
 log = logging.getLogger(__name__)
 
 LAYOUT = 1  # part of every cache key: raise it when the files or the rules of the split change
 ENCODE_AT_ONCE = 1 << 22  # bytes of documents handed to the tokenizer in one call
+EXTENT = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("length", "<i8")])  # of a document in a file of all
 
 
 class Corpus(Protocol):
@@ -180,21 +181,12 @@ def _open(folder: Path) -> TokenData:
 
 
 def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: int, heldout_fraction: float) -> None:
-    # The documents go through a file, so that a corpus larger than the memory can be put in order.
-    spool, found, extents = folder / "documents", 0, {}
-    with open(spool, "wb") as file:
-        for document in filter(None, corpus.documents()):
-            found += 1
-            sha256 = hashlib.sha256(document).digest()
-            if sha256 not in extents:
-                extents[sha256] = (file.tell(), len(document))
-                file.write(document)
-    if not extents:
+    spool = folder / "documents"
+    found, extents = _spool(spool, corpus)
+    if not len(extents):
         raise ValueError(f"corpus {corpus.name} has no documents that are not empty")
-    in_order = sorted(extents)
-    split = bisect_left(in_order, math.floor(heldout_fraction * 2**256).to_bytes(32, "big"))
-    held = sum(extents[sha256][1] for sha256 in in_order[:split])
-    size = sum(length for _, length in extents.values())
+    split = int(np.searchsorted(extents["sha256"], math.floor(heldout_fraction * 2**256).to_bytes(32, "big")))
+    held, size = int(extents["length"][:split].sum()), int(extents["length"].sum())
     counts = f"{len(extents)} distinct documents with {size} bytes"
     if held < heldout_bytes:
         raise ValueError(
@@ -203,26 +195,28 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: in
             "heldout_fraction, or give more or shorter documents (TextFiles cuts long text files by "
             "max_document_bytes)"
         )
-    if split == len(in_order):
+    if split == len(extents):
         raise ValueError(f"corpus {corpus.name} has {counts}, all of them held out: lower heldout_fraction")
 
-    with open(spool, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with open(spool, "rb") as file:
 
-        def read(part: list[bytes]) -> Iterator[bytes]:
-            for offset, length in map(extents.__getitem__, part):
-                yield text[offset : offset + length]
+        def read(part: np.ndarray) -> Iterator[bytes]:
+            for extent in part:
+                file.seek(extent["offset"])
+                yield file.read(extent["length"])
 
-        tokenizer = tokenizer.fit(read(in_order[split:]), folder)
+        train = extents[split:]
+        tokenizer = tokenizer.fit(watched(read(train), f"training {tokenizer.name}", size - held), folder)
         heldout, left = [], heldout_bytes
-        for document in read(in_order[:split]):
+        for document in read(extents[:split]):
             heldout.append(document[: character_boundary(document, left)])
             left -= len(document)
             if left <= 0:
                 break
         dtype = token_dtype(len(tokenizer.pieces))
         heldout_tokens = _heldout_tokens(heldout, left < 0, tokenizer, dtype)
-        train = read(in_order[split:])
-        train_sha256, train_tokens = _write_train(folder / "train.bin", train, tokenizer, dtype)
+        documents = watched(read(train), "tokenising", size - held)
+        train_sha256, train_tokens = _write_train(folder / "train.bin", documents, tokenizer, dtype)
     spool.unlink()
 
     heldout_tokens.tofile(folder / "heldout.bin")
@@ -241,13 +235,29 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: in
         "documents": {
             "found": found,
             "distinct": len(extents),
-            "train": len(in_order) - split,
+            "train": len(train),
             "heldout": len(heldout),
         },
         "bytes": size,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     log.info("prepared %s: %s", meta["name"], meta)
+
+
+def _spool(path: Path, corpus: Corpus) -> tuple[int, np.ndarray]:
+    """Write the documents into one file, so that a corpus larger than the memory can be put in order; return how many
+    there are, and where each that is not empty lies, one of each kind, in the order of their hashes."""
+    found, entries = 0, bytearray()
+    with open(path, "wb") as file:
+        for document in filter(None, watched(corpus.documents(), f"reading {corpus.name}")):
+            found += 1
+            entries += np.array((hashlib.sha256(document).digest(), file.tell(), len(document)), EXTENT).tobytes()
+            file.write(document)
+    extents = np.frombuffer(entries, EXTENT)
+    extents = extents[np.argsort(extents["sha256"], kind="stable")]
+    new = np.ones(len(extents), bool)
+    new[1:] = extents["sha256"][1:] != extents["sha256"][:-1]
+    return found, extents[new]
 
 
 def _heldout_tokens(documents: list[bytes], last_is_cut: bool, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:

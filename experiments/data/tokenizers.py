@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,7 @@ class BPETokenizer:
             vocab_size=self.vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),  # of the merges, which the bar of documents says nothing of
         )
         texts = (part for document in documents for part in utf8_parts(document) if isinstance(part, str))
         tokenizer.train_from_iterator(texts, trainer)

@@ -1,12 +1,41 @@
-"""What the machine is and what pays on it: precision, compilation, peak arithmetic."""
+"""What the machine is and what pays on it: threads, precision, compilation, peak arithmetic."""
 
 import functools
+import os
 import platform
 import re
 import time
 from pathlib import Path
 
 import torch
+
+GRAIN = 32768  # elements that torch gives a thread at least (at::internal::GRAIN_SIZE)
+LOOK = 0.1  # seconds
+MOST_THREADS = torch.get_num_threads()  # before anything has set it: the cores, or OMP_NUM_THREADS
+
+
+def best_threads(width: int, tokens: int) -> int:
+    """Returns the number of threads that pay for a model of this width on so many tokens at a time: those that its
+    hidden layers of four times the width give work to, and no more than there are free cores, since two pools of
+    threads on one core wait for each other (figures in docs/measurements.md)."""
+    wanted = min(MOST_THREADS, 4 * width * tokens // GRAIN)
+    return max(1, min(wanted, free_cores())) if wanted > 1 else 1
+
+
+def free_cores() -> int:
+    """Returns the number of cores that nothing runs on at this moment; all, where the system does not say."""
+    if not Path("/proc/stat").exists():
+        return os.cpu_count() or 1
+    before = _idle_ticks()
+    time.sleep(LOOK)
+    cores = (_idle_ticks() - before) / LOOK / os.sysconf("SC_CLK_TCK")
+    return min(len(os.sched_getaffinity(0)), round(cores))
+
+
+def _idle_ticks() -> int:
+    """Clock ticks that all cores together have been idle or waiting for a disk."""
+    idle, waiting = Path("/proc/stat").read_text().split("\n", 1)[0].split()[4:6]
+    return int(idle) + int(waiting)
 
 
 def best_precision(device: torch.device, width: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,8 @@ class Session:
     older: what is done with a result of other code or data: "refuse" it, "accept" it as it is, or "replace" it, which
         puts it aside.
     checkpoint_seconds: time between checkpoints.
-    progress: whether to show a progress bar where standard output is a terminal.
+    threads: of the CPU, or "auto" for as many as pay for the model and find a free core.
+    progress: whether the run says on stderr what it is doing.
     """
 
     root: Path
@@ -38,6 +40,7 @@ class Session:
     arm: str
     older: str
     checkpoint_seconds: float
+    threads: int | str
     progress: bool
 
 
@@ -97,8 +100,23 @@ def load_config(path: Path | str) -> DictConfig:
 
 
 def plain(config: DictConfig | ListConfig) -> dict[str, Any]:
-    """A config with all that it refers to, in Python's own types."""
+    """A config with all that it refers to, in Python's own types.
+
+    Raises:
+        ValueError: for what is still to be given (???).
+    """
+    for path in _missing(OmegaConf.to_container(config)):
+        raise ValueError(f"{path} must be given, as {path}=...")
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """The names of what is still ???."""
+    if node == "???":
+        yield path
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        yield from _missing(child, f"{path}.{name}" if path else str(name))
 
 
 def run_id(config: DictConfig) -> str:

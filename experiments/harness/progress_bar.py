@@ -35,7 +35,7 @@ class ProgressBar(L.Callback):
         self.lines.start()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        step, found = trainer.global_step, f"loss {self.telemetry.train_loss:.3f} nats per token"
+        step, found = trainer.global_step, f"loss {self.telemetry.train_loss:.3f}"
         self.lines.update(self.training, description="training", completed=step, found=found)
         if self.plain and step % -(-self.steps // LINES) == 0:
             self.say(f"step {step} of {self.steps}: {found}")

@@ -40,6 +40,7 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         origin = Origin(run.code, commit(), data.digest)
         row, begun = _found(run, origin)
         if row:
+            say(run, f"run {run.id}: found in {run.folder}, {row['status']} at {row['finished']}")
             return row
         say(run, f"run {run.id}: {config.arch.name} of width {config.arch.width} under {config.objective.name}")
         from experiments.harness import training  # seconds, for which a run that is found again need not wait

@@ -1,7 +1,7 @@
 """The settings that a run may have: types and bounds of what is no part's own, and each part's by its signature."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
@@ -73,6 +73,7 @@ class SessionSettings(Closed):
     arm: str
     older: Literal["refuse", "accept", "replace"]
     checkpoint_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    threads: Count | Literal["auto"]
     progress: bool
 
 
@@ -133,10 +134,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
     """Check what is no part's own in the config of a run.
 
     Raises:
-        ValueError: as `conform` does, and for what is still to be given.
+        ValueError: as `conform` does.
     """
-    for path in _missing(config):
-        raise ValueError(f"{path} must be given, as {path}=...")
     conform(RunSettings, config)
 
 
@@ -186,15 +185,6 @@ def check_stranger(node: Any, trusted: Collection[str] = (), path: str = "") -> 
             f"{path}._target_={target!r} is no part of this project: whoever wrote that config could run anything by "
             f"it. trusted=[{str(target).partition('.')[0]}] allows what you know"
         )
-
-
-def _missing(node: Any, path: str = "") -> Iterator[str]:
-    """The names of what is still ???."""
-    if node == "???":
-        yield path
-    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in children:
-        yield from _missing(child, f"{path}.{name}" if path else str(name))
 
 
 @cache

@@ -44,6 +44,9 @@ class Checkpoints(L.Callback):
 def train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     """Train and evaluate one run in its folder, from its last checkpoint on where there is one; return its row with
     what was found, or with the reason why it diverged or crashed."""
+    threads = run.session.threads
+    tokens = prepared.allocation.tokens // prepared.allocation.steps
+    torch.set_num_threads(hardware.best_threads(run.config.arch.width, tokens) if threads == "auto" else threads)
     row = row | _planned(run, data, prepared)
     try:
         return row | _train(run, data, prepared, row)

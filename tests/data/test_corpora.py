@@ -44,6 +44,13 @@ def test_parquet_rows_are_documents(tmp_path):
     assert read(TextFiles([str(tmp_path / "*.parquet")], field="body")) == as_bytes(ROWS[:3])
 
 
+def test_a_folder_is_all_in_it_that_can_be_read(tmp_path):
+    for name in ("a.txt", "b.pdf", "deep/c.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(TextFiles(str(tmp_path))) == [b"a.txt", b"deep/c.md"]
+
+
 def test_overlapping_globs_read_a_file_once_and_in_every_depth(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "a.txt").write_text("a")
@@ -62,9 +69,10 @@ def test_a_long_text_file_is_cut_after_its_lines(tmp_path):
 @given(text=st.text(alphabet="a\n\u00e4\u4e16\U0001f642", max_size=80), limit=st.integers(4, 30))
 @settings(deadline=None, max_examples=100)
 def test_cutting_loses_nothing_and_splits_no_character(text, limit):
-    pieces = list(cut(text.encode(), limit))
+    pieces = list(cut([text.encode()], limit))
     assert b"".join(pieces).decode() == text
     assert all(len(piece) <= limit and piece.decode() is not None for piece in pieces)
+    assert pieces == list(cut([bytes([byte]) for byte in text.encode()], limit)), "read in other blocks"
 
 
 @given(text=st.binary(max_size=20), limit=st.integers(0, 25))
@@ -184,8 +192,18 @@ def test_the_fingerprint_of_a_data_set_follows_arguments_and_local_files(rows):
     assert len(set(fingerprints)) == 3
 
 
+def test_a_data_set_that_cannot_be_reached_is_named_in_one_line(monkeypatch):
+    def unreachable(**arguments):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"data set a/b cannot be read \(ConnectionError: no route\): ") as raised:
+        read(HuggingFace("a/b"))
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare.txt is not there")
 def test_one_big_text_file_makes_a_corpus(tmp_path):
-    data = prepare(TextFiles(str(SHAKESPEARE), max_document_bytes=4096), ByteTokenizer(), 65536, 0.1, tmp_path)
+    data = prepare(TextFiles(str(SHAKESPEARE)), ByteTokenizer(), 65536, 0.1, tmp_path)
     assert 65533 <= data.heldout_bytes <= 65536
     assert 0.8e6 < len(data.train) < SHAKESPEARE.stat().st_size

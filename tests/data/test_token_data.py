@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -263,3 +264,13 @@ class Lossy(ByteTokenizer):
 def test_settings_that_cannot_work_are_refused_with_the_way_out(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, **settings)
+
+
+def test_a_large_text_is_prepared_in_little_memory(tmp_path):
+    size = 1 << 25
+    (tmp_path / "large.txt").write_bytes(b"".join(b"line number %d\n" % i for i in range(size // 16)))
+    tracemalloc.start()
+    data = prepare(TextFiles(str(tmp_path / "large.txt")), ByteTokenizer(), 65536, 0.1, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data.train) > size * 0.8 and peak < size / 2

@@ -32,7 +32,7 @@ MISTAKES = [
     ("+optim.learning_rte=1", "optim.learning_rte is no setting of experiments.harness.optimisers.AdamW: did you mean"),
     ("+budget.tokens=1", "budget.tokens is no setting that there is: leave it out"),
     ("session.older=x", "session.older='x' must be one of 'refuse', 'accept' or 'replace'"),
-    ("data=text_files", "data.tokens.corpus.globs must be given, as data.tokens.corpus.globs=..."),
+    ("data=text_files", "data.path must be given, as data.path=..."),
     ("optim._target_=nowhere.X", "optim._target_='nowhere.X' is nothing that can be built"),
 ]
 
