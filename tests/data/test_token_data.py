@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from experiments.data.corpora import TextFiles
 from experiments.data.token_data import TokenData, prepare, token_dtype
 from experiments.data.tokenizers import BPETokenizer, ByteTokenizer
 
