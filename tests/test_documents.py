@@ -1,5 +1,6 @@
 """The documents are true where a machine can tell: links lead somewhere, and every backbone and objective is listed."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import CONFIGS
-from experiments.harness.identity import plain
+from experiments.harness.identity import plain, run_of
+from experiments.harness.run import execute
 from experiments.harness.settings import check_run
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +71,27 @@ def test_what_the_pages_show_can_be_typed(page, config, overrides):
         composed = compose(config, overrides)
     if config == "train" and not any(word.startswith(("data=t", "init_from")) for word in overrides):
         check_run(plain(composed))
+
+
+SMALL = (
+    "arch.width=32",
+    "budget.flops=1e9",
+    "data.sequence_length=32",
+    "trainer.compile=false",
+    "session.progress=false",
+)
+ELSEWHERE = ("cuda", "init_from", "books/", "token_bins", "fineweb", "hidden_markov", "python_stdlib_bpe", "study")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("overrides", [found for _, config, found in typed() if config == "train"], ids=" ".join)
+def test_what_the_pages_show_of_a_run_runs(tmp_path, monkeypatch, overrides):
+    if any(word in override for word in ELSEWHERE for override in overrides):
+        pytest.skip("asks for a GPU, the network or minutes, and has tests of its own")
+    (tmp_path / "my.txt").write_text("".join(f"line number {i}\n" for i in range(50_000)))
+    cache = os.path.abspath(os.environ.get("ARCHIPELAGO_CACHE", ".cache/archipelago"))
+    monkeypatch.setenv("ARCHIPELAGO_CACHE", cache)
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = compose("train", [*overrides, *SMALL, f"session.root={tmp_path}"])
+    assert execute(run_of(config))["status"] == "done"

@@ -42,7 +42,9 @@ def heads_for(width: int, head_dim: int, multiple: int = 1) -> int:
     Raises:
         ValueError: when no number of heads fits.
     """
-    fitting = [h for h in range(multiple, width // 2 + 1, multiple) if width % (2 * h) == 0]
+    half = width // 2
+    small = [h for h in range(1, math.isqrt(half) + 1) if half % h == 0] if width % 2 == 0 else []
+    fitting = [h for h in {*small, *(half // h for h in small)} if h % multiple == 0]
     if not fitting or head_dim < 2:
         raise ValueError(
             f"width {width} cannot be cut into even heads of about head_dim {head_dim} in groups of {multiple}: choose "

@@ -1,6 +1,7 @@
 """The ledger: one JSON line per run, appended whole or not at all, readable by pandas without this module."""
 
 import errno
+import functools
 import json
 import os
 import warnings
@@ -52,8 +53,8 @@ def append(path: Path, row: dict) -> None:
 def read(path: Path) -> pd.DataFrame:
     """All good rows, the last one where an id stands twice.
 
-    A row that is no JSON object with what makes a row is named in a warning with its line number, skipped, and left
-    in the file.
+    A row that is no JSON object with what makes a row is named in a warning with its line number, once, skipped, and
+    left in the file.
     """
     rows: dict[str, dict] = {}
     lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
@@ -66,8 +67,14 @@ def read(path: Path) -> pd.DataFrame:
             rows.pop(row["id"], None)
             rows[row["id"]] = row
         except (ValueError, TypeError) as error:
-            warnings.warn(f"{path}, line {number}: not a ledger row, skipped ({error})", stacklevel=2)
+            _warn_once(f"{path}, line {number}: not a ledger row, skipped ({error})")
     return pd.DataFrame(list(rows.values()), columns=COLUMNS)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Warn of what is found again at every look at a ledger, of which a sweep takes many."""
+    warnings.warn(text, stacklevel=3)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -73,6 +73,7 @@ class Sweep:
         self.arms = {arm.name: arm for arm in arms}
         arguments = [argument for argument in arguments if not argument.startswith("sweep.dry_run=")]
         command = shlex.join(["python", "-m", "experiments.sweep", *arguments])
+        self.console.print(f"plan: measuring the models of {len(arms)} arms at {len(self.settings.budgets)} budgets")
         self.plan = make_plan(self.settings, arms, data, command)
         if not self.settings.dry_run:
             self.check_code(run.session.older)

@@ -3,6 +3,8 @@
 import os
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments.harness import checkpoints
 from experiments.harness.checkpoints import generations, last_good
@@ -86,6 +88,21 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(stopped, mak
     assert last_good(stopped.folder) is not None
     truth = execute(make_run(f"session.root={stopped.session.root}-whole"), data)
     assert execute(stopped, data)["bits_per_byte"] == truth["bits_per_byte"]
+
+
+@given(drawn=st.data(), whole=st.binary(min_size=1, max_size=50))
+@settings(max_examples=100, deadline=None)
+def test_whatever_happens_to_the_bytes_of_a_checkpoint_what_is_taken_is_what_was_written(
+    tmp_path_factory, drawn, whole
+):
+    folder = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        checkpoints.write(folder, step, lambda path: path.write_bytes(whole))
+    (_, last), (_, before) = generations(folder)
+    start = drawn.draw(st.integers(0, len(whole)))
+    left = whole[:start] + drawn.draw(st.binary(max_size=9)) + whole[drawn.draw(st.integers(start, len(whole))) :]
+    last.write_bytes(left)
+    assert last_good(folder) == (last if left == whole else before)
 
 
 def test_an_unfinished_file_is_no_checkpoint(tmp_path):
