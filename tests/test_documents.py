@@ -73,13 +73,7 @@ def test_what_the_pages_show_can_be_typed(page, config, overrides):
         check_run(plain(composed))
 
 
-SMALL = (
-    "arch.width=32",
-    "budget.flops=1e9",
-    "data.sequence_length=32",
-    "trainer.compile=false",
-    "session.progress=false",
-)
+SMALL = ("arch.width=32", "budget.flops=1e9", "data.sequence_length=32", "trainer.compile=false")
 ELSEWHERE = ("cuda", "init_from", "books/", "token_bins", "fineweb", "hidden_markov", "python_stdlib_bpe", "study")
 
 

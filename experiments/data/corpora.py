@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from experiments.data.token_data import character_boundary
 
@@ -241,7 +241,7 @@ def blocks(path: Path) -> Iterator[bytes]:
     return _read(path, lambda file: iter(lambda: file.read(BLOCK), b""))
 
 
-def _read(path: Path, parts: Callable[[BinaryIO], Iterable[bytes]]) -> Iterator[bytes]:
+def _read(path: Path, parts: Callable[[Any], Iterable[bytes]]) -> Iterator[bytes]:
     """
     Raises:
         ValueError: it cannot be read; names the file.

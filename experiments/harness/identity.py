@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -40,7 +40,7 @@ class Session:
     arm: str
     older: str
     checkpoint_seconds: float
-    threads: int | str
+    threads: int | Literal["auto"]
     progress: bool
 
 
