@@ -14,6 +14,8 @@ from experiments.sweeps.plan import Arm, Plan
 from experiments.sweeps.prices import prices
 from experiments.sweeps.progress import duration
 
+MOST = 2.0  # times the estimate: what is added on the way, and workers that share a machine (docs/measurements.md)
+
 
 def describe(
     plan: Plan, arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame, noise: float
@@ -36,7 +38,8 @@ def describe(
         table.add_row(cell.kind, cell.arm, *map(str, numbers), f"{cell.flops:.4g}", f"{seconds:.0f}")
     yield table
     flops = sum(cell.flops for cell in cells)
-    yield f"{flops:.3g} FLOPs in all, about {duration(total)} when cells run one after the other"
+    time = f"{duration(total)} to {duration(MOST * total)}"
+    yield f"{flops:.3g} FLOPs in all, {time} of one thread; as many cells as a launcher has jobs run at a time"
     if plan.settings["recentre"] and len(plan.budgets) > 2:
         yield "Sizes from the third budget on are a guess: they will be laid around what the smaller budgets find."
     yield from describe_power(plan, arms, [cell for cell in cells if cell.kind == "fit"], rows, noise)

@@ -61,9 +61,12 @@ def fitted(done: pd.DataFrame) -> Price:
 
 
 def measured(arm: Arm, smallest: Cell, largest: Cell) -> Price:
-    """The price by a few steps and an evaluated batch of two models."""
+    """The price by a few steps and an evaluated batch of two models, on one thread, as one of several workers has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     small_step, small_evaluation, small_flops = _time(arm, smallest)
     step, evaluation, flops = _time(arm, largest)
+    torch.set_num_threads(threads)
     flop = max(0.0, (step - small_step) / (flops - small_flops)) if flops > small_flops else step / flops
     per_token = max(small_evaluation * smallest.tokens / smallest.flops, evaluation * largest.tokens / largest.flops)
     return Price(SET_UP, max(0.0, small_step - flop * small_flops), flop, per_token)
