@@ -17,7 +17,7 @@ from experiments import CONFIGS
 from experiments.findings import Verdict
 from experiments.studies.index import listing, write_index
 from experiments.studies.study import Study, carry_out
-from experiments.terminal import mistakes_in_a_sentence, nearest, stop
+from experiments.terminal import mistakes_in_a_sentence, nearest, stop, stopped_in_a_sentence
 
 RESULTS = Path("results/studies")
 
@@ -58,13 +58,18 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if argument.split("=", 1)[0] in own)
     own |= given
     overrides = [argument for argument in arguments if argument.split("=", 1)[0] not in own]
+    for name in ("all", "tiny"):
+        if own[name] not in ("true", "false"):
+            stop(f"{name}={own[name]} must be true or false")
     tiny = own["tiny"] == "true"
     chosen = names() if own["all"] == "true" else [own["name"]] if own["name"] else []
     if unknown := [name for name in chosen if name not in names()]:
         stop(f"name={unknown[0]} is no study{nearest(unknown[0], names())}")
+    if overrides and not chosen:
+        stop(f"{overrides[0]} is a setting of a study: say which, as name=recall, or all=true")
     results = Path(own["out"]) if own["out"] else Path("runs/tiny") if tiny else RESULTS
     for name in chosen:
-        with mistakes_in_a_sentence():
+        with stopped_in_a_sentence(), mistakes_in_a_sentence():
             verdict = run_study(name, overrides, tiny, results / name)
         print(f"{name}: {verdict.outcome}. {verdict.sentence}\nwritten to {results / name}")
     if chosen and not tiny:

@@ -75,15 +75,15 @@ def read_runs(path: Path) -> pd.DataFrame:
     """A table of runs. Raises ValueError for a file that is absent, of another kind, or that cannot be read."""
     path = Path(path)
     if path.suffix not in READERS:
-        raise ValueError(f"runs={path}: the name must end in one of {', '.join(READERS)}")
+        raise ValueError(f"table {path}: the name must end in one of {', '.join(READERS)}")
     if not path.is_file():
-        raise ValueError(f"runs={path}: there is no such file")
+        raise ValueError(f"table {path}: there is no such file")
     try:
         table = READERS[path.suffix](path)
     except Exception as error:  # pandas raises whatever its parsers raise
-        raise ValueError(f"runs={path} cannot be read as {path.suffix}: {error}") from error
+        raise ValueError(f"table {path} cannot be read as {path.suffix}: {error}") from error
     if table.empty:
-        raise ValueError(f"runs={path} has no rows")
+        raise ValueError(f"table {path} has no rows")
     return table
 
 
