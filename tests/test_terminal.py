@@ -1,14 +1,20 @@
 """A mistake on the command line ends with one line on stderr and exit code 2; a fault of the program shows itself."""
 
+import json
 import os
+import re
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from experiments import train
 from experiments.terminal import command, sentence
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -77,3 +83,27 @@ def test_an_error_of_a_library_is_not_taken_for_a_mistake_of_the_user():
 
 def test_a_place_that_cannot_be_written_is_named():
     assert sentence(PermissionError(13, "Permission denied", "/proc/x")) == "/proc/x: Permission denied"
+
+
+@pytest.mark.thorough
+def test_a_run_says_what_it_does_and_is_found_again_without_torch_and_lightning(
+    train_command, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ARCHIPELAGO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "my.txt").write_text("".join(f"line number {i}\n" for i in range(5_000)))
+    small = [f"data.path={tmp_path / 'my.txt'}", "data.tokens.heldout_bytes=2000", "arch.width=16", "budget.flops=2e8"]
+    arguments = ["data=text_files", *small, "data.sequence_length=32"]
+    train_command(*arguments)
+    row, said = capsys.readouterr()
+    assert said.splitlines()[0] == "transformer under next_token: reading the settings"
+    for words in (
+        r"data text_files: opening",
+        r"[\d,]+ parameters, \d+ steps of 32 tokens",
+        r"loss \d",
+        r"bits per byte$",
+    ):
+        assert re.search(words, said, re.MULTILINE), words
+    code = "import sys; sys.modules['torch'] = sys.modules['lightning'] = None; from experiments.train import main; "
+    command = [sys.executable, "-c", code + "main()", f"session.root={tmp_path}", *arguments]
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(again.stdout) == json.loads(row.splitlines()[-1]) and "found in" in again.stderr
