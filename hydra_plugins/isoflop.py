@@ -19,7 +19,7 @@ class IsoFlopSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from experiments.sweeps.sweeper import Sweep
+        from experiments.sweeps.settings import check_sweep
 
         given, launcher, loader = self.config, self.launcher, self.loader
         assert given is not None and launcher is not None  # Hydra has called setup
@@ -36,7 +36,12 @@ class IsoFlopSweeper(Sweeper):
             jobs = [[f"sweep.cell={quoted(file)}"] for file in files]
             launcher.launch(jobs, initial_job_idx=first)
 
-        Sweep(loader.load_sweep_config(given, arguments), compose, launch, arguments).run()
+        config = loader.load_sweep_config(given, arguments)
+        check_sweep(config)
+        print(f"sweep {config.sweep.name}: {len(config.sweep.arms)} arms", flush=True)
+        from experiments.sweeps.sweeper import Sweep  # seconds, for which a mistake need not wait
+
+        Sweep(config, compose, launch, arguments).run()
 
 
 def quoted(path: Path) -> str:

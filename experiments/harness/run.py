@@ -43,12 +43,13 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
             say(run, f"run {run.id}: found in {run.folder}, {row['status']} at {row['finished']}")
             return row
         say(run, f"run {run.id}: {config.arch.name} of width {config.arch.width} under {config.objective.name}")
-        from experiments.harness import training  # seconds, for which a run that is found again need not wait
-        from experiments.harness.assembly import prepare_run
+        from experiments.harness.assembly import prepare_run  # torch, for which a run that is found need not wait
 
         check_parts(plain(config))
         prepared = prepare_run(config, data)
         say(run, f"run {run.id}: {prepared}")
+        from experiments.harness import training  # Lightning, for which a mistake need not wait
+
         if begun is None:
             begun = origin
             origin.write(run.folder / ORIGIN)

@@ -2,9 +2,11 @@
 
 from typing import Annotated
 
+from omegaconf import DictConfig
 from pydantic import Field
 
-from experiments.harness.settings import Closed, Count, Positive, Seed
+from experiments.harness.identity import plain
+from experiments.harness.settings import Closed, Count, Positive, Seed, conform
 
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 More = Annotated[int, Field(ge=0)]
@@ -50,3 +52,12 @@ class SweepSettings(Closed):
     recentre: bool
     above_entropy: bool
     widen: More
+
+
+def check_sweep(config: DictConfig) -> None:
+    """Check the settings of a sweep, each by itself.
+
+    Raises:
+        ValueError: as `conform` does.
+    """
+    conform(SweepSettings, plain(config.sweep), "sweep")

@@ -14,7 +14,7 @@ from experiments.harness import ledger
 from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
 from experiments.harness.parts import open_data
-from experiments.harness.settings import check_run, conform
+from experiments.harness.settings import check_run
 from experiments.report import report
 from experiments.scaling.analysis import analyse
 from experiments.scaling.design import Addition, Cell, read_plan
@@ -32,7 +32,6 @@ from experiments.sweeps.plan import Arm, difference, make_cells, make_plan
 from experiments.sweeps.precision import further_precision, read_wish
 from experiments.sweeps.prices import prices
 from experiments.sweeps.progress import Progress
-from experiments.sweeps.settings import SweepSettings
 from experiments.terminal import console
 
 TRIES = 3  # launches of the same cells, where workers are killed
@@ -42,7 +41,7 @@ class Sweep:
     """A plan that is carried out.
 
     Args:
-        config: the settings, of which `sweep`, `until` and `limit` are the sweep's.
+        config: the settings, checked, of which `sweep`, `until` and `limit` are the sweep's.
         compose: overrides -> the config of a run, with its session but without those.
         launch: runs configs of runs that lie in these files, numbered from `first`.
         arguments: of the command, for the plan to say what made it.
@@ -61,7 +60,6 @@ class Sweep:
     ):
         self.launch, self.launched = launch, 0
         self.console = console()
-        conform(SweepSettings, plain(config.sweep), "sweep")
         self.settings, run = config.sweep, compose([])
         check_run(plain(run))
         self.wish = read_wish(config.until, config.limit)
