@@ -69,6 +69,7 @@ def _law_row(arm: ArmResult) -> dict[str, object]:
         "floor": "none found" if law.no_floor else law.floor,
         "α": law.alpha,
         "β": law.beta,
+        "γ": law.gamma,
         "size exponent, FLOPs": law.size_exponent,
         "size exponent, 6ND": None if law.size_exponent_6nd is None else f"{law.size_exponent_6nd:.2f}",
         "runs about the law": percent(law.spread),

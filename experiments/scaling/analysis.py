@@ -165,6 +165,7 @@ def describe_law(joint: Joint | Refused, arm: str, design: Design) -> Law | Refu
         no_floor=bool(joint.fit.no_floor[k]),
         alpha=estimated(point.alpha[:, k], draws.alpha[:, k]),
         beta=estimated(point.beta[:, k], draws.beta[:, k]),
+        gamma=estimated(point.gamma[:, k], draws.gamma[:, k]),
         size_exponent=estimated(to_params * point.size_exponent(k), to_params * draws.size_exponent(k)),
         size_exponent_6nd=None if by_params is None else float(by_params.size_exponent(k)[0]),
         spread=float(joint.fit.spread[k]),

@@ -20,21 +20,23 @@ BEYOND = (4, 16)  # predictions are made at these multiples of the largest budge
 
 @dataclass(frozen=True)
 class PlantedLaw:
-    """L = E + g A / (N / 1e5)^alpha + g B / (D / 1e7)^beta, with g such that an arm of `multiplier` 2 needs half the
-    compute of one of 1 for any loss. N is FLOPs per token over six."""
+    """L = E + g ((A / (N / 1e5)^alpha)^(1 / gamma) + (B / (D / 1e7)^beta)^(1 / gamma))^gamma, with g such that an arm
+    of `multiplier` 2 needs half the compute of one of 1 for any loss. N is FLOPs per token over six."""
 
     E: float = 1.2
     A: float = 0.9
     B: float = 0.7
     alpha: float = 0.4
     beta: float = 0.4
+    gamma: float = 1.0
     multiplier: float = 1.0
     kind: str = "exact"
 
     def loss(self, params: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray | float:
         """The loss of models of so many parameters after so many tokens."""
         gain = self.multiplier ** -(self.alpha * self.beta / (self.alpha + self.beta))
-        return self.E + gain * (self.A * (params / 1e5) ** -self.alpha + self.B * (tokens / 1e7) ** -self.beta)
+        terms = self.A * (params / 1e5) ** -self.alpha, self.B * (tokens / 1e7) ** -self.beta
+        return self.E + gain * sum(term ** (1 / self.gamma) for term in terms) ** self.gamma
 
     def frontier(self, flops: float) -> float:
         """The lowest loss at C = 6 N D."""
@@ -126,6 +128,7 @@ def repetition(case: Case, seed: int) -> dict[str, float]:
         "half-width of ln multiplier": math.log(centre.high / centre.low) / 2,
         "trend": (truth(last) - truth(first)) / (last - first) in trend,
         "floor": case.new.E - case.reference.E in floor,
+        "gamma": case.new.gamma in estimated(*(s.gamma[:, 1] for s in pair)),
         "exponent of N*": case.new.beta / (case.new.alpha + case.new.beta) in exponent,
     }
     candidates = alternatives(joint.fit)

@@ -18,11 +18,11 @@ MARGIN = 1.25  # "no difference" is said only of multipliers known to lie within
 REACH = 4  # a surface is not believed further than this factor beyond the budgets it was fitted to
 RULE = (
     "The multiplier is the compute that the reference needs for the arm's loss, over the arm's, by one surface "
-    "L = E + A / M^alpha + B / D^beta through the runs of all arms (M: FLOPs per token over 6, D: tokens; A, B and the "
-    "exponents of each arm's own, E shared by exact likelihoods). The arm crosses over where the multiplier's 95 % "
-    "interval lies above 1 at one budget and below 1 at another. Else it is better where the interval at the geometric "
-    "mean of the budgets lies above 1, worse where it lies below 1, and there is no difference at this scale where it "
-    f"lies within a factor {MARGIN} of 1. Otherwise one cannot tell."
+    "L = E + ((A / M^alpha)^(1 / gamma) + (B / D^beta)^(1 / gamma))^gamma through the runs of all arms (M: FLOPs per "
+    "token over 6, D: tokens; A, B, alpha and beta of each arm's own, E and gamma shared by exact likelihoods). The "
+    "arm crosses over where the multiplier's 95 % interval lies above 1 at one budget and below 1 at another. Else it "
+    "is better where the interval at the geometric mean of the budgets lies above 1, worse where it lies below 1, and "
+    f"there is no difference at this scale where it lies within a factor {MARGIN} of 1. Otherwise one cannot tell."
 )
 
 

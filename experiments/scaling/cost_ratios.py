@@ -54,8 +54,7 @@ def cost_ratios(joint: Joint, arm: int, reference: int, log_flops: float) -> tup
 
 def _few(surface: Surface) -> Surface:
     """Returns the first of many draws."""
-    cut = (x[:DRAWS] for x in (surface.E, surface.a, surface.b, surface.alpha, surface.beta))
-    return Surface(surface.origin, *cut)
+    return Surface(surface.origin, *(constant[:DRAWS] for constant in surface.constants))
 
 
 def _tokens_at(seconds_per_token: np.ndarray) -> Tokens:

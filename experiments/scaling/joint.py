@@ -111,8 +111,8 @@ def join(
     own_floors: bool = False,
     draws: int = DRAWS,
 ) -> Joint | Refused:
-    """Fit the surface of a sweep: exponents of each arm, one floor for all exact likelihoods and one for each bound, or
-    one for each arm.
+    """Fit the surface of a sweep: exponents of each arm, one floor and one gamma for all exact likelihoods and one for
+    each bound, or a floor for each arm.
 
     rows: of the ledger. evaluation: by arm, see `Joint`.
     """
@@ -138,13 +138,12 @@ def join(
 
 
 def sharing(bounds: Sequence[bool], own_floors: bool = False) -> Form:
-    """Exponents of each arm's own; floors as `join` says."""
+    """Exponents of each arm's own; floors and gammas as `join` says."""
     numbers = tuple(range(len(bounds)))
-    if own_floors:
-        return Form(numbers, numbers)
     firsts = [bounds.index(False) if not bound else number for number, bound in enumerate(bounds)]
     kinds = sorted(set(firsts))
-    return Form(tuple(kinds.index(first) for first in firsts), numbers)
+    shared = tuple(kinds.index(first) for first in firsts)
+    return Form(numbers if own_floors else shared, numbers, shared)
 
 
 def runs_of(table: pd.DataFrame, arms: Sequence[str]) -> Runs:

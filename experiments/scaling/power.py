@@ -25,7 +25,7 @@ LARGER = 4.0  # a further budget, over the largest
 DETECTED = 1.96  # standard errors from 0 beyond which ln(multiplier) is told from it
 REQUIRED = DETECTED + 0.84  # and those with which that happens in 80 % of repetitions
 EFFICIENCY = 0.95  # of Huber's loss at `surface.ROBUST` for normal errors (Huber, 1964)
-EXPONENT, FLOOR = 0.4, 0.5  # assumed before any run: alpha = beta, and E over the loss at the centre
+EXPONENT, BEND, FLOOR = 0.4, 0.5, 0.5  # assumed before any run: alpha = beta, gamma, and E over the loss at the centre
 STEP = 1e-4  # of central differences, in the parameters' own units
 RIDGE = 1e-9  # of the largest entry: directions that no run knows anything of get a large error and no division by zero
 
@@ -129,12 +129,12 @@ def planned_runs(cells: Sequence[Cell], arms: Sequence[str]) -> Runs:
 
 def assumed(runs: Runs, bounds: Sequence[bool], noise: float) -> Fit:
     """A surface that nothing is known of yet, as if it were fitted: the optimum of every arm in the middle of its sizes
-    with a loss of 1 there, alpha = beta = EXPONENT, E = FLOOR, and independent runs."""
+    with a loss of 1 there, alpha = beta = EXPONENT, gamma = BEND, E = FLOOR, and independent runs."""
     model = Parametrisation(sharing(bounds), runs)
     parameters = np.full(model.count, EXPONENT)
-    parameters[model.e] = math.log(FLOOR)
+    parameters[model.e], parameters[model.gamma] = math.log(FLOOR), math.log(BEND)
     for arm, (a, b) in enumerate(zip(model.a, model.b, strict=True)):
-        mine, middle = runs.where(runs.arm == arm), math.log((1 - FLOOR) / 2)
+        mine, middle = runs.where(runs.arm == arm), math.log(1 - FLOOR) - BEND * math.log(2)
         parameters[a] = middle + EXPONENT * (mine.size.mean() - model.origin[0])
         parameters[b] = middle + EXPONENT * (mine.data.mean() - model.origin[1])
     return Fit(model, parameters, np.zeros(len(runs)), np.full(len(bounds), noise), 0.0, 0.0)

@@ -50,10 +50,13 @@ class Law:
     """An arm's part of the joint surface.
 
     centre_flops: the geometric mean of the sweep's budgets. slope: d ln(bits per byte) / d ln C of the frontier there.
-    floor: E in bits per byte, which exact arms share; no_floor: it ended at nothing. alpha, beta: exponents of FLOPs
-    per token and of tokens. size_exponent: of the optimal parameters in counted FLOPs; size_exponent_6nd: in 6ND, from
-    the same runs. spread: standard deviation of ln(bits per byte) of runs about the surface; seed_spread: of runs that
-    differ by their seed alone, None without such. frontier: from the smallest budget to the held-out one.
+    floor: E in bits per byte, which exact arms share; no_floor: it ended at nothing. alpha, beta: exponents of bits per
+    byte less the floor in FLOPs per token and in tokens, each where it alone limits the loss. gamma: how soon one takes
+    over from the other, which exact arms share: 1 where the two terms add up (Hoffmann et al.), less where losses of
+    one budget rise more steeply to both sides of the optimum. size_exponent: of the optimal parameters in counted
+    FLOPs; size_exponent_6nd: in 6ND, from the same runs. spread: standard deviation of ln(bits per byte) of runs about
+    the surface; seed_spread: of runs that differ by their seed alone, None without such. frontier: from the smallest
+    budget to the held-out one.
     """
 
     centre_flops: float
@@ -63,6 +66,7 @@ class Law:
     no_floor: bool
     alpha: Estimate
     beta: Estimate
+    gamma: Estimate
     size_exponent: Estimate
     size_exponent_6nd: float | None
     spread: float

@@ -105,6 +105,7 @@ def arm_result(arm: str, table: pd.DataFrame, warnings: tuple[str, ...] = ()) ->
             no_floor=False,
             alpha=near(0.34, 1.2),
             beta=near(0.29, 1.2),
+            gamma=near(0.5, 1.3),
             size_exponent=near(0.47, 1.15),
             size_exponent_6nd=0.49,
             spread=0.012,

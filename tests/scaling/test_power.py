@@ -14,10 +14,21 @@ from experiments.scaling.surface import Fit, Form, Parametrisation, Runs, fit
 CLOSE, FAR = (3e10, 6e10, 1.2e11, 2.4e11), (1e12, 4e12, 1.6e13, 6.4e13)
 
 
-def plant(budgets=CLOSE, sizes=6, off=0.0, noise=0.01, correlation=0.0, seeds=1, floor=0.5, floors=(0, 0), better=0.0):
+def plant(
+    budgets=CLOSE,
+    sizes=6,
+    off=0.0,
+    noise=0.01,
+    correlation=0.0,
+    seeds=1,
+    floor=0.5,
+    floors=(0, 0),
+    better=0.0,
+    gamma=1.0,
+):
     """Two arms of one law as if it had been fitted, and the ln C at its centre; the second arm's reducible loss is
     lower by the factor exp(-better)."""
-    form, centre = Form(floors, (0, 1)), float(np.log(budgets).mean())
+    form, centre = Form(floors, (0, 1), (0, 0)), float(np.log(budgets).mean())
     places = [
         (arm, 0.5 * math.log(budget / 120) + x, budget, (budget, x, seed))
         for budget in budgets
@@ -32,9 +43,9 @@ def plant(budgets=CLOSE, sizes=6, off=0.0, noise=0.01, correlation=0.0, seeds=1,
     runs = Runs(np.array([place[0] for place in places]), size, data, np.zeros(len(places)), cell)
     model = Parametrisation(form, runs)
     parameters = np.full(model.count, 0.4)
-    parameters[model.e] = math.log(3 * floor)
+    parameters[model.e], parameters[model.gamma] = math.log(3 * floor), math.log(gamma)
     middle = 0.5 * (centre - math.log(120))
-    terms = math.log(3 * (1 - floor) / 2) - better * np.arange(2)
+    terms = math.log(3 * (1 - floor)) - gamma * math.log(2) - better * np.arange(2)
     parameters[model.a] = terms + 0.4 * (middle - model.origin[0])
     parameters[model.b] = terms + 0.4 * (centre - math.log(6) - middle - model.origin[1])
     runs = replace(runs, loss=model(parameters[None])[0][0])
@@ -62,6 +73,7 @@ def repeated(planted, repetitions):
         {"noise": 0.03},
         {"off": 1.0},
         {"floors": (0, 1), "budgets": FAR},
+        {"gamma": 0.46},
     ],
 )
 def test_the_standard_error_of_the_multiplier_is_that_of_repetitions(law):
