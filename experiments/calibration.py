@@ -21,11 +21,13 @@ def main(config: DictConfig) -> None:
     check_writable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for settings in c["cases"]:
-        case = Case(settings["noise"], PlantedLaw(**settings["new"]))
-        done = Parallel(n_jobs=c["processes"])(delayed(repetition)(case, seed) for seed in range(c["repetitions"]))
-        differs = ", ".join(f"{name} {value:g}" for name, value in settings["new"].items())
-        rows.append({"new arm": differs} | summary(case, done))
+    for number, settings in enumerate(c["cases"]):
+        seeds = range(number * c["repetitions"], (number + 1) * c["repetitions"])  # no two cases have the same noise
+        both, new = settings.get("both", {}), settings["new"]
+        case = Case(settings["noise"], PlantedLaw(**both, **new), PlantedLaw(**both))
+        done = Parallel(n_jobs=c["processes"])(delayed(repetition)(case, seed) for seed in seeds)
+        words = (", ".join(f"{name} {value:g}" for name, value in part.items()) for part in (both, new))
+        rows.append(dict(zip(("both arms", "new arm"), words, strict=True)) | summary(case, done))
         pd.DataFrame(rows).to_csv(out, index=False, float_format="%.4g")
     table = pd.DataFrame(rows)
     shown = Table(*table.columns, title=f"{c['repetitions']} repetitions of each")
