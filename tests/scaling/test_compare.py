@@ -38,18 +38,22 @@ def test_the_verdict_is_the_truth(make_sweep, law, outcome, multiplier):
 @pytest.mark.parametrize("repeats", [12, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "new",
-    [PlantedLaw(), PlantedLaw(multiplier=2.0), PlantedLaw(alpha=0.5, A=1.0), PlantedLaw(E=1.3)],
-    ids=["equal", "factor", "exponent", "floor"],
+    [
+        PlantedLaw(),
+        PlantedLaw(multiplier=2.0),
+        PlantedLaw(alpha=0.5, A=1.0),
+        PlantedLaw(E=1.3),
+        PlantedLaw(gamma=0.46, multiplier=2.0),
+    ],
+    ids=["equal", "factor", "exponent", "floor", "steep"],
 )
 def test_intervals_cover_the_truth_about_as_often_as_they_say(new, repeats):
     """Offset, trend, floor, exponent and predictions, for arms that are equal or differ in one of these."""
-    found = [repetition(Case(0.01, new), seed) for seed in range(repeats)]
-    asked = ["multiplier", "trend", "floor", "prediction at 4x", "prediction at 16x"]
+    found = [repetition(Case(0.01, new, PlantedLaw(gamma=new.gamma)), seed) for seed in range(repeats)]
+    asked = ["multiplier", "trend", "floor", "gamma", "exponent of N*", "prediction at 4x", "prediction at 16x"]
     inside = {name: sum(said[name] for said in found) for name in asked}
     # Binomial: at a true 0.95 fewer than 9 of 12 is a chance of 1 in 500, fewer than 180 of 200 one of 1 in 300.
     assert min(inside.values()) >= (0.9 if repeats > 100 else 0.75) * repeats, inside
-    # That of the exponent holds in 0.88 to 0.89 (docs/measurements.md), which is short of what it says.
-    assert sum(said["exponent of N*"] for said in found) >= (0.84 if repeats > 100 else 0.6) * repeats
     if new.multiplier == 2.0:
         assert sum(said["better"] for said in found) == repeats
 

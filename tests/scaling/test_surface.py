@@ -83,9 +83,8 @@ def test_losses_that_are_shifted_are_multiplied_everywhere():
 )
 def test_the_jacobian_is_that_of_finite_differences(form):
     model, step = Parametrisation(form, planted(PlantedLaw(alpha=0.5, gamma=0.46))), 1e-6
-    somewhere = model.starts()[::7] + 0.1 * np.random.default_rng(0).standard_normal(
-        (len(model.starts()[::7]), model.count)
-    )
+    starts = model.starts()[::7]
+    somewhere = starts + 0.1 * np.random.default_rng(0).standard_normal(starts.shape)
     jacobian = model(somewhere)[1]
     for i, change in enumerate(step * np.eye(model.count)):
         want = (model(somewhere + change)[0] - model(somewhere - change)[0]) / (2 * step)
