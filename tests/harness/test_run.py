@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments import sample
 from experiments.data.windows import heldout_windows
 from experiments.harness import ledger, training, weights
+from experiments.harness import run as run_module
 from experiments.harness.assembly import prepare_run
 from experiments.harness.run import execute
 from experiments.harness.telemetry import Telemetry
@@ -127,6 +129,18 @@ def test_tensorboard_has_every_curve_over_steps_tokens_and_flops(make_run, data)
     assert events.Scalars("train_by_tokens/loss")[-1].step == row["tokens"]
     assert events.Scalars("heldout/bits_per_byte")[-1].value == pytest.approx(row["bits_per_byte"], rel=1e-5)
     assert len(events.Scalars("heldout/bits_per_byte")) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system keeps no maximum that can be reset")
+def test_the_memory_in_a_row_is_that_of_this_run_with_the_preparing_of_its_data(make_run, data, monkeypatch):
+    def in_much_memory(config):
+        np.ones(25_000_000).sum()
+        return data
+
+    monkeypatch.setattr(run_module, "open_data", in_much_memory)
+    much = execute(make_run())
+    little = execute(make_run("seed=1"), data)
+    assert much["peak_memory_bytes"] - little["peak_memory_bytes"] > 150_000_000
 
 
 @pytest.mark.parametrize(
