@@ -47,8 +47,8 @@ def best_precision(device: torch.device, width: int) -> str:
 
 
 def compiling_pays(device: torch.device, flops: float) -> bool:
-    """Whether a run of so many FLOPs is long enough to win back the compiler's time, which is about 20 to 40 s and
-    saves about a quarter of a run."""
+    """Returns whether a run of so many FLOPs is long enough to win back the compiler's time, which is about 20 to 40 s
+    and saves about a quarter of a run."""
     return flops > 200 * peak_flops(device, "float32")
 
 

@@ -73,7 +73,7 @@ class Trainer:
         return hardware.best_precision(device, width) if self.precision == "auto" else self.precision
 
     def compiles(self, device: torch.device, flops: float) -> bool:
-        """Whether a run of so many FLOPs is compiled."""
+        """Returns whether a run of so many FLOPs is compiled."""
         return hardware.compiling_pays(device, flops) if self.compile == "auto" else bool(self.compile)
 
     def evaluations_in(self, training_flops: float, evaluation_flops: float) -> int:

@@ -108,7 +108,8 @@ def _stored(folder: Path) -> dict[str, Tensor]:
 
 
 def _another_objectives(ours: tuple[int, ...] | None, theirs: tuple[int, ...] | None) -> bool:
-    """Whether two tables differ by no more than an objective's mask token, or the padding of a public checkpoint."""
+    """Returns whether two tables differ by no more than an objective's mask token, or the padding of a public
+    checkpoint."""
     if ours is None or theirs is None or ours[1:] != theirs[1:]:
         return False
     return -1 <= theirs[0] - ours[0] <= max(1, theirs[0] // 10)

@@ -25,7 +25,7 @@ def sentences(analysis: Analysis) -> list[str]:
 
 
 def warnings(analysis: Analysis) -> list[str]:
-    """What to be wary of, each with the arm that it is about and its consequence."""
+    """Returns what to be wary of, each with the arm that it is about and its consequence."""
     cells = analysis.cells
     lines = [f"{arm.name}: {text}" for arm in analysis.arms.values() for text in arm.warnings]
     if cells.missing or cells.diverged or cells.failed:
@@ -91,7 +91,7 @@ def listed(parts: list[str]) -> str:
 
 
 def remedies(comparison: Comparison) -> list[str]:
-    """What it would take to tell each smaller multiplier from 1, with a power of 80 % where it can be had."""
+    """Returns what it would take to tell each smaller multiplier from 1, with a power of 80 % where it can be had."""
     return [
         f"to tell {number(r.target)}: {f'{r.seeds} seeds per cell, or' if r.seeds else 'no number of seeds;'} "
         f"a larger budget ({number(r.flops, 2)} FLOPs, power {round(100 * r.larger_budget_power)} %)"

@@ -110,7 +110,7 @@ def arm_result(
 
 
 def _law_warnings(law: Law | Refused, minima: Sequence[Minimum | RefusedMinimum], design: Design) -> list[str]:
-    """What to be wary of in an arm's surface, each with its consequence."""
+    """Returns what to be wary of in an arm's surface, each with its consequence."""
     warnings = [
         f"at {number(m.budget)} FLOPs there is no minimum among the sizes tried ({m.refused}): there the frontier "
         "stands on the surface's form alone"

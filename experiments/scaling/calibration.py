@@ -102,7 +102,7 @@ class Case:
 
 
 def repetition(case: Case, seed: int) -> dict[str, float]:
-    """What is said of one set of runs: outcomes, whether each interval holds the truth, and how wide it is."""
+    """Returns what is said of one set of runs: outcomes, whether each interval holds the truth, and how wide it is."""
     rng = np.random.default_rng(seed)
     rows, design = plant((case.reference, case.new), case.grid, case.noise, rng), case.grid.design
     joint, own = join(rows, design, {}), join(rows, design, {}, own_floors=True, draws=FEW)
@@ -141,8 +141,8 @@ def repetition(case: Case, seed: int) -> dict[str, float]:
 def _prediction(
     case: Case, candidates: list[Alternative], factor: float, rng: np.random.Generator
 ) -> tuple[bool, float]:
-    """Whether the best of three runs at a larger budget comes within what is predicted of the new arm, and the width of
-    that as a fraction of what the larger budget gains."""
+    """Returns whether the best of three runs at a larger budget comes within what is predicted of the new arm, and the
+    width of that as a fraction of what the larger budget gains."""
     budget = factor * case.grid.budgets[-1]
     params = replace(case.grid, sizes=3, span=2.0).params(budget)
     tokens = budget / 6 / params

@@ -21,8 +21,8 @@ Tokens = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ln size [G] and ln co
 
 
 def cost_ratios(joint: Joint, arm: int, reference: int, log_flops: float) -> tuple[CostRatio, ...]:
-    """What the reference pays over what the arm pays for the loss that the arm reaches at C, each at its own best size
-    for that cost; the costs that the ledger has."""
+    """Returns what the reference pays over what the arm pays for the loss that the arm reaches at C, each at its own
+    best size for that cost; the costs that the ledger has."""
     draws = _few(joint.draws)
     if not np.isfinite(joint.fit.surface.log_multiplier(arm, reference, log_flops)).all():
         return ()  # the reference does not come down to that loss at any cost

@@ -38,7 +38,7 @@ class Alternative(NamedTuple):
 
 
 def predict(rows: pd.DataFrame, design: Design, written: str) -> Prediction:
-    """What to expect of each arm at the held-out budget, from the surfaces of its fitted budgets alone.
+    """Returns what to expect of each arm at the held-out budget, from the surfaces of its fitted budgets alone.
 
     Raises:
         ValueError: for a design without a held-out budget, and rows without the loss that it compares.

@@ -39,7 +39,7 @@ def gradient(fit: Fit, arm: int, reference: int, log_flops: float) -> np.ndarray
 
 
 def free(fit: Fit) -> np.ndarray:
-    """Which parameters lie off their bounds."""
+    """Returns which parameters lie off their bounds."""
     low, high = fit.model.lower, fit.model.upper
     return (fit.parameters > low + 1e-6) & (fit.parameters < high - 1e-6)
 
@@ -73,7 +73,7 @@ def deviation_of(fit: Fit, runs: Runs, arm: int, reference: int, log_flops: floa
 
 
 def power_of(fit: Fit, arm: int, reference: int, log_flops: float, systematic: float, seeds: int) -> Power:
-    """What the runs of a fit tell apart at C.
+    """Returns what the runs of a fit tell apart at C.
 
     systematic: standard error of ln(multiplier) that no further run makes smaller. seeds: of each cell so far.
     """
@@ -108,8 +108,8 @@ def larger_budget(fit: Fit, arms: Iterable[int], factor: float = LARGER) -> Runs
 def planned_power(
     cells: Sequence[Cell], arms: Sequence[str], bounds: Sequence[bool], noise: float, known: Fit | None = None
 ) -> list[Power]:
-    """What a design tells apart at the mean of its ln budgets before it is run: for each arm but the first, against
-    that. What all runs share, such as a mistuned learning rate, is not counted: it is known only afterwards.
+    """Returns what a design tells apart at the mean of its ln budgets before it is run: for each arm but the first,
+    against that. What all runs share, such as a mistuned learning rate, is not counted: it is known only afterwards.
 
     cells: the fitted ones. bounds: of each arm, see `joint.sharing`. noise: standard deviation of ln(loss) of a run.
     known: the surface of all arms, where runs said it; else one is assumed, with `noise`.

@@ -56,8 +56,8 @@ class RateOptimum:
         return float(weights @ self.x / weights.sum())
 
     def excess(self, log_flops: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
-        """What runs of these budgets [R] lose in ln(bits per byte) by the error of the chosen rate [draws, R], never
-        below zero. Between budgets that were tuned the optimum follows a line in ln C, beyond them it stays.
+        """Returns what runs of these budgets [R] lose in ln(bits per byte) by the error of the chosen rate [draws, R],
+        never below zero. Between budgets that were tuned the optimum follows a line in ln C, beyond them it stays.
 
         The optima of the budgets are one, which the rule of transfer says, but for what they differ by beyond their own
         errors: a model of random effects, its variance by DerSimonian and Laird (1986)."""

@@ -183,7 +183,7 @@ def _possible(arm: Arm, kind: str, budget: float, widths: Iterable[int], seeds: 
 
 
 def _joined(stage: str, found: Iterable[tuple[str, list[Cell]]]) -> Addition | None:
-    """What was found for all arms as one addition, since cells of one addition run side by side."""
+    """Returns what was found for all arms as one addition, since cells of one addition run side by side."""
     found = [(reason, cells) for reason, cells in found if cells]
     if not found:
         return None

@@ -20,7 +20,8 @@ MOST = 2.0  # times the estimate: what is added on the way, and workers that sha
 def describe(
     plan: Plan, arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame, noise: float
 ) -> Iterator[Table | str]:
-    """What to print: every cell that is expected with its FLOPs and an estimate of its time, and the design's power.
+    """Returns what to print: every cell that is expected with its FLOPs and an estimate of its time, and the design's
+    power.
 
     noise: standard deviation of ln(loss) of a run, where the ledger's rows do not say.
     """
@@ -48,7 +49,8 @@ def describe(
 def describe_power(
     plan: Plan, arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame, noise: float
 ) -> Iterator[str]:
-    """What the fitted cells would tell of each arm against the reference, and what smaller differences would take."""
+    """Returns what the fitted cells would tell of each arm against the reference, and what smaller differences would
+    take."""
     joint = join(rows, plan.design, {})
     known = None if isinstance(joint, Refused) or joint.arms != tuple(plan.arms) else joint.fit
     # An arm of another objective than the reference's has another kind of likelihood, and so a floor of its own.
@@ -64,7 +66,7 @@ def describe_power(
 
 
 def power_sentence(power: Power) -> str:
-    """What is told apart, and what smaller multipliers would take."""
+    """Returns what is told apart, and what smaller multipliers would take."""
     text = f"a multiplier of {power.told_apart:.3f} is told from 1 in 80 % of repetitions"
     for remedy in power.remedies:
         seeds = "no number of seeds" if remedy.seeds is None else f"{remedy.seeds} seeds of every size"

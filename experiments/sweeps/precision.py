@@ -43,7 +43,7 @@ class Wish:
 
 
 def read_wish(until: str | None, limit: Mapping | None) -> Wish | None:
-    """What the settings `until` and `limit` ask for, None where they ask for nothing.
+    """Returns what the settings `until` and `limit` ask for, None where they ask for nothing.
 
     Raises:
         ValueError: for words that are not understood, and limits that are not positive.
