@@ -21,7 +21,7 @@ class ProgressBar(L.Callback):
     """
 
     def __init__(self, telemetry: Telemetry, steps: int, compiled: bool):
-        self.telemetry, self.steps, self.compiled = telemetry, steps, compiled
+        self.telemetry, self.steps = telemetry, steps
         console, found = Console(file=sys.stderr), TextColumn("{task.fields[found]}")
         self.lines = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), found,
@@ -31,7 +31,7 @@ class ProgressBar(L.Callback):
         self.training = self.lines.add_task("compiling" if compiled else "training", total=steps, found="")
         self.evaluating = self.lines.add_task("evaluating", total=None, found="", visible=False)
 
-    def on_fit_start(self, trainer, pl_module) -> None:
+    def setup(self, trainer, pl_module, stage: str) -> None:
         self.lines.start()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
