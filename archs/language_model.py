@@ -18,6 +18,7 @@ from archs.parameters import Linear, Role, RoleParameter, linear_layers
 from archs.visibility import CAUSAL, Kind, Visibility
 
 TIME_FEATURES = 16
+DEEPEST = 4096  # blocks: more take minutes to build, and come of a width with zeros too many
 
 
 def depth_for(width: int) -> int:
@@ -68,7 +69,8 @@ class LanguageModel(nn.Module):
         ahead: number of further tokens to predict (see `Ahead`), each by one more of the pattern's last block.
 
     Raises:
-        ValueError: for an empty pattern, a name in it that has no mixer or channel, or a depth that cuts the pattern.
+        ValueError: for an empty pattern, a name in it that has no mixer or channel, a depth that cuts the pattern, or
+            one of more than `DEEPEST` blocks.
     """
 
     def __init__(
@@ -95,6 +97,11 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"pattern {[*first, *pattern]} must have at least one block, each 'mixer' or 'mixer+channel' with a "
                 f"mixer of {sorted(mixers)} and a channel of {sorted(channels)}"
+            )
+        if depth > DEEPEST:
+            raise ValueError(
+                f"width {width} and depth {depth}: a model has {DEEPEST} blocks at most; choose a smaller width, or a "
+                "depth for it"
             )
         rest = depth - len(first)
         if rest < 1 or rest % len(pattern):

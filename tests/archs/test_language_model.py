@@ -96,6 +96,7 @@ def test_depth_follows_width(width, depth):
     ("changes", "words"),
     [
         ({"depth": 6}, "depth 6 is not 0 first blocks and a multiple of the 4 blocks"),
+        ({"width": 10_000_000}, "width 10000000 and depth 156248: a model has 4096 blocks at most"),
         ({"first": ["attention+mlp"], "depth": 1}, "depth 1 is not 1 first blocks"),
         ({"pattern": ["x"]}, r"pattern \['x'\] must have .* mixer of \['attention', .* channel of \['mlp'\]"),
         ({"pattern": ["delta+x"]}, r"pattern \['delta\+x'\] must have"),
