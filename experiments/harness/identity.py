@@ -31,7 +31,8 @@ class Session:
     older: what is done with a result of other code or data: "refuse" it, "accept" it as it is, or "replace" it, which
         puts it aside.
     checkpoint_seconds: time between checkpoints.
-    threads: of the CPU, or "auto" for as many as pay for the model and find a free core.
+    threads: of the CPU, or "auto" for as many as pay for the model and find a free core; they round sums otherwise, as
+        another machine does.
     progress: whether the run says on stderr what it is doing.
     """
 
