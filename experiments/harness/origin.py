@@ -28,11 +28,13 @@ KEEPERS = {f"experiments.harness.{name}" for name in ("identity", "ledger", "ori
 @dataclass(frozen=True)
 class Origin:
     """code: digest of the sources, 12 hex digits. commit: as git describes it, None without git. data: digest of the
-    tokens. Each is None where a row of an older version does not know it."""
+    tokens. threads: of the CPU, which a run that goes on takes again, since other numbers round otherwise. Each is None
+    where a row of an older version does not know it."""
 
     code: str | None
     commit: str | None
     data: str | None
+    threads: int | None = None
 
     @classmethod
     def of_row(cls, row: dict) -> "Origin":

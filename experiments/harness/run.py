@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         say(run, f"run {run.id}: {prepared}")
         from experiments.harness import training  # Lightning, for which a mistake need not wait
 
+        threads = (begun.threads if begun else None) or training.choose_threads(run, prepared)
         if begun is None:
-            begun = origin
-            origin.write(run.folder / ORIGIN)
+            begun = replace(origin, threads=threads)
+            begun.write(run.folder / ORIGIN)
         row = {
             "id": run.id,
             "kind": run.session.kind,
@@ -67,7 +69,7 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
             "commit": begun.commit,
         }
         row |= {name: config[name].name for name in ("arch", "objective", "data")}
-        row = training.train(run, data, prepared, row)
+        row = training.train(run, data, prepared, row, threads)
         row = {column: row.get(column) for column in ledger.COLUMNS} | {"finished": now()}
         # First beside the run, then in the ledger: a kill between the two loses nothing.
         ledger.write_atomically(run.folder / "row.json", json.dumps(row))

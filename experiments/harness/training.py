@@ -41,12 +41,17 @@ class Checkpoints(L.Callback):
             self.written = time.monotonic()
 
 
-def train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
+def choose_threads(run: Run, prepared: Prepared) -> int:
+    """Returns the number of threads that the session asks for, or that is best at this moment."""
+    if run.session.threads != "auto":
+        return run.session.threads
+    return hardware.best_threads(run.config.arch.width, prepared.allocation.tokens // prepared.allocation.steps)
+
+
+def train(run: Run, data: TokenData, prepared: Prepared, row: dict, threads: int) -> dict:
     """Train and evaluate one run in its folder, from its last checkpoint on where there is one; return its row with
     what was found, or with the reason why it diverged or crashed."""
-    threads = run.session.threads
-    tokens = prepared.allocation.tokens // prepared.allocation.steps
-    torch.set_num_threads(hardware.best_threads(run.config.arch.width, tokens) if threads == "auto" else threads)
+    torch.set_num_threads(threads)
     row = row | _planned(run, data, prepared)
     try:
         return row | _train(run, data, prepared, row)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.harness import checkpoints
+from experiments.harness import checkpoints, hardware
 from experiments.harness.checkpoints import generations, last_good
 from experiments.harness.run import execute
 from experiments.harness.telemetry import Telemetry
@@ -74,6 +74,16 @@ def test_a_torn_checkpoint_is_passed_over_and_the_result_is_the_same(
     truth = execute(make_run(f"session.root={stopped.session.root}-whole"), data)
     assert first_steps[0] == begins and row["bits_per_byte"] == truth["bits_per_byte"]
     assert sum("is damaged" in message for message in caplog.messages) == torn
+
+
+def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(make_run, data, monkeypatch):
+    run, free, taken = make_run("session.checkpoint_seconds=0"), iter([2, 1]), []
+    monkeypatch.setattr(hardware, "best_threads", lambda width, tokens: next(free))
+    monkeypatch.setattr("torch.set_num_threads", taken.append)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
+        execute(run, data)
+    assert execute(run, data)["status"] == "done" and taken == [2, 2]
 
 
 @pytest.mark.parametrize("where", ["save_checkpoint", "replace", "unlink"])
