@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -128,8 +128,8 @@ def nearest(name: str, known: list[str]) -> str:
     return f": did you mean {close[0]}?" if close else f": choose one of {', '.join(sorted(known))}" if known else ""
 
 
-def given(config: DictConfig) -> dict[str, Any]:
-    """Returns a command's settings in Python's own types.
+def given(config: DictConfig | ListConfig) -> dict[str, Any]:
+    """Returns settings in Python's own types, with all that they refer to.
 
     Raises:
         MissingMandatoryValue: for one that must be given and is not.

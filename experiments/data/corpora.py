@@ -118,7 +118,8 @@ class TextFiles:
         limit = self.max_document_bytes or min(65536, max(1024, sum(path.stat().st_size for path in files) // 512))
         readers = {".jsonl": self._jsonl, ".parquet": self._parquet}
         for path in files:
-            yield from readers[kind(path)](path) if kind(path) in readers else cut(blocks(path), limit)
+            rows = readers.get(kind(path))
+            yield from rows(path) if rows else cut(blocks(path), limit)
 
     def _jsonl(self, path: Path) -> Iterator[bytes]:
         for number, line in enumerate(lines(path), 1):

@@ -1,4 +1,4 @@
-"""What the machine is and what pays on it: threads, precision, compilation, peak arithmetic."""
+"""The machine, and what pays on it: threads, precision, compilation, peak arithmetic."""
 
 import functools
 import os

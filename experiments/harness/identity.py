@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from experiments.harness.origin import code_digest
 from experiments.harness.settings import check_parts, check_settings
+from experiments.terminal import given, sentence
 
 SESSION = "session"
 
@@ -106,18 +107,10 @@ def plain(config: DictConfig | ListConfig) -> dict[str, Any]:
     Raises:
         ValueError: for what is still to be given (???).
     """
-    for path in _missing(OmegaConf.to_container(config)):
-        raise ValueError(f"{path} must be given, as {path}=...")
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-
-
-def _missing(node: Any, path: str = "") -> Iterator[str]:
-    """The names of what is still ???."""
-    if node == "???":
-        yield path
-    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in children:
-        yield from _missing(child, f"{path}.{name}" if path else str(name))
+    try:
+        return given(config)
+    except MissingMandatoryValue as error:
+        raise ValueError(sentence(error)) from None
 
 
 def run_id(config: DictConfig) -> str:

@@ -1,4 +1,4 @@
-"""What a training is doing, on stderr: on a terminal lines that are kept up to date, elsewhere a line now and then."""
+"""The progress of a training, on stderr: lines kept up to date on a terminal, elsewhere a line now and then."""
 
 import sys
 
@@ -27,7 +27,6 @@ class ProgressBar(L.Callback):
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), found,
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.plain = not console.is_terminal
         self.training = self.lines.add_task("compiling" if compiled else "training", total=steps, found="")
         self.evaluating = self.lines.add_task("evaluating", total=None, found="", visible=False)
 
@@ -37,13 +36,12 @@ class ProgressBar(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         step, found = trainer.global_step, f"loss {self.telemetry.train_loss:.3f}"
         self.lines.update(self.training, description="training", completed=step, found=found)
-        if self.plain and step % -(-self.steps // LINES) == 0:
+        if step % -(-self.steps // LINES) == 0:
             self.say(f"step {step} of {self.steps}: {found}")
 
     def on_validation_start(self, trainer, pl_module) -> None:
         self.lines.reset(self.evaluating, total=sum(trainer.num_val_batches), visible=True)
-        if self.plain:
-            self.say("evaluating")
+        self.say("evaluating")
 
     def on_validation_batch_end(
         self, trainer, pl_module, outputs, batch, batch_idx: int, dataloader_idx: int = 0
@@ -53,12 +51,12 @@ class ProgressBar(L.Callback):
     def on_validation_end(self, trainer, pl_module) -> None:
         found = f"{pl_module.bits_per_byte:.4f} bits per byte"
         self.lines.update(self.evaluating, found=found)
-        if self.plain:
-            self.say(f"step {pl_module.evaluated_at} of {self.steps}: {found}")
+        self.say(f"step {pl_module.evaluated_at} of {self.steps}: {found}")
 
     def teardown(self, trainer, pl_module, stage: str) -> None:
         self.lines.stop()
 
     def say(self, text: str) -> None:
         """Print a line where nothing can be kept up to date."""
-        print(text, file=sys.stderr, flush=True)
+        if self.lines.disable:
+            print(text, file=sys.stderr, flush=True)

@@ -70,8 +70,8 @@ class Runs:
 
 @dataclass(frozen=True)
 class Form:
-    """What arms share: for each, the number of its floor, of its exponents and of its gamma; without bends gamma is 1.
-    tied: alpha = beta (Gadre et al., arXiv 2403.08540); floored: without, E = 0."""
+    """Constants that arms share: for each arm the number of its floor, its exponents and its gamma; without bends gamma
+    is 1. tied: alpha = beta (Gadre et al., arXiv 2403.08540). floored: without, E = 0."""
 
     floors: tuple[int, ...]
     exponents: tuple[int, ...]

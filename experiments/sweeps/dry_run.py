@@ -20,7 +20,7 @@ MOST = 2.0  # times the estimate: what is added on the way, and workers that sha
 def describe(
     plan: Plan, arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame, noise: float
 ) -> Iterator[Table | str]:
-    """Returns what to print: every cell that is expected with its FLOPs and an estimate of its time, and the design's
+    """Yields what to print: every cell that is expected with its FLOPs and an estimate of its time, and the design's
     power.
 
     noise: standard deviation of ln(loss) of a run, where the ledger's rows do not say.
@@ -49,7 +49,7 @@ def describe(
 def describe_power(
     plan: Plan, arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame, noise: float
 ) -> Iterator[str]:
-    """Returns what the fitted cells would tell of each arm against the reference, and what smaller differences would
+    """Yields what the fitted cells would tell of each arm against the reference, and what smaller differences would
     take."""
     joint = join(rows, plan.design, {})
     known = None if isinstance(joint, Refused) or joint.arms != tuple(plan.arms) else joint.fit
