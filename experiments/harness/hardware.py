@@ -52,10 +52,14 @@ def compiling_pays(device: torch.device, flops: float) -> bool:
     return flops > 200 * peak_flops(device, "float32")
 
 
-@functools.cache
 def peak_flops(device: torch.device, precision: str) -> float:
     """Peak FLOP/s, the denominator of model-FLOPs utilisation: the data sheet's figure for GPUs that Lightning
-    knows, else the best of a few matrix products measured here and now."""
+    knows, else the best of a few matrix products, measured here and now with as many threads as there are now."""
+    return _peak_flops(device, precision, torch.get_num_threads())
+
+
+@functools.cache
+def _peak_flops(device: torch.device, precision: str, threads: int) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":
         from lightning.fabric.utilities.throughput import get_available_flops  # seconds, for nothing on a CPU

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from experiments.harness import hardware
 
@@ -30,3 +31,12 @@ def test_free_cores_are_those_that_were_idle_and_that_this_process_may_use(monke
     monkeypatch.setattr(hardware.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4), raising=False)
     assert hardware.free_cores() == free
+
+
+def test_the_peak_is_that_of_the_threads_that_there_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hardware, "_peak_flops", lambda device, precision, threads: asked.append(threads) or 1.0)
+    for threads in (2, 1):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        hardware.peak_flops(torch.device("cpu"), "float32")
+    assert asked == [2, 1]
