@@ -10,8 +10,7 @@ from archs.visibility import CAUSAL
 
 @dataclass(frozen=True)
 class Costs:
-    """flops_per_token: training FLOPs per token (M in C = M x D), three times the forward pass: each matrix product
-    is run once forward and twice backward. Recomputation is not counted.
+    """flops_per_token: training FLOPs per token (M in C = M x D). Recomputation is not counted.
     params_*: numbers of parameters; active ones are used for each token; non-embedding ones are without the
     embedding, learned positions and the head.
     state_bytes: decode state of one sequence of the given length, in the model's dtype.
@@ -24,9 +23,9 @@ class Costs:
     state_bytes: int
 
 
-def costs(model: LanguageModel, T: int, forward: float) -> Costs:
-    """Costs of `model` on sequences of T tokens, each of which takes so many forward FLOPs in training. A model on the
-    meta device costs no memory and no time."""
+def costs(model: LanguageModel, T: int, training: float) -> Costs:
+    """Costs of `model` on sequences of T tokens, each of which takes so many FLOPs of training. A model on the meta
+    device costs no memory and no time."""
     total = sum(p.numel() for p in model.parameters())
     layers = (model.embedding, model.head, model.positions)
     ends = {id(p): p.numel() for layer in layers if layer is not None for p in layer.parameters()}
@@ -36,7 +35,7 @@ def costs(model: LanguageModel, T: int, forward: float) -> Costs:
         time = tokens_1T if model.time is not None else None
         _, states = model.extend(tokens_1T, model.empty_states(1), CAUSAL, time)
     return Costs(
-        flops_per_token=3 * forward / T,
+        flops_per_token=training / T,
         params_total=total,
         params_active=total - inactive,
         params_non_embedding=total - sum(ends.values()),

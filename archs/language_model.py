@@ -67,6 +67,7 @@ class LanguageModel(nn.Module):
         timed: whether the model is told a time in [0, 1] of each token (denoisers): a linear map of cosines of it, zero
             at first, is added to the token's embedding.
         ahead: number of further tokens to predict (see `Ahead`), each by one more of the pattern's last block.
+        scored: whether a linear map, zero at first, gives each hidden vector a score (reward models).
 
     Raises:
         ValueError: for an empty pattern, a name in it that has no mixer or channel, a depth that cuts the pattern, or
@@ -89,6 +90,7 @@ class LanguageModel(nn.Module):
         max_length: int | None = None,
         timed: bool = False,
         ahead: int = 0,
+        scored: bool = False,
     ):
         super().__init__()
         depth = depth_for(width) if depth is None else depth
@@ -125,6 +127,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(width, vocab_size, bias=head_bias)
         if tied:
             self.head.weight = self.embedding.weight
+        self.score = nn.Linear(width, 1, bias=False) if scored else None
         self.init_weights()
 
     @torch.no_grad()
@@ -144,6 +147,8 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(layer.bias)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
+        if self.score is not None:
+            nn.init.zeros_(self.score.weight)
         if not self.tied:
             nn.init.zeros_(self.head.weight)
 
@@ -160,6 +165,8 @@ class LanguageModel(nn.Module):
         embedding."""
         roles = {id(layer.weight): (Role.MATRIX, layer.in_features) for layer in self._inner_layers()}
         roles[id(self.head.weight)] = Role.HEAD, self.width
+        if self.score is not None:
+            roles[id(self.score.weight)] = Role.HEAD, self.width
         for layer in (self.embedding, self.positions, self.time):
             if layer is not None:
                 roles[id(layer.weight)] = Role.EMBEDDING, 1
@@ -245,6 +252,16 @@ class LanguageModel(nn.Module):
         """Logits [..., V] of hidden vectors [..., D]. A tied head reads embeddings of order one, so its logits are
         divided by the width (muP's output multiplier)."""
         return self.head(hidden / self.width if self.tied else hidden)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Scores [...] of hidden vectors [..., D].
+
+        Raises:
+            ValueError: for a model without them.
+        """
+        if self.score is None:
+            raise ValueError("the model has no scores: build it with the objective's options")
+        return self.score(hidden)[..., 0]
 
     def forward(self, tokens_BT: Tensor, visibility: Visibility = CAUSAL) -> Tensor:
         """Logits [B, T, V] of token ids."""

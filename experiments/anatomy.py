@@ -37,7 +37,7 @@ def anatomy(config: DictConfig, length: int) -> dict:
         model = instantiate(config.arch.model, vocab_size=config.vocab_size)
     if visibility.kind not in model.visibilities:
         raise ValueError(f"arch={config.arch.name} cannot do visibility={config.visibility}")
-    cost = costs(model, length, model.flops(length, visibility))
+    cost = costs(model, length, 3 * model.flops(length, visibility))
     return {
         "arch": config.arch.name,
         "width": config.arch.width,

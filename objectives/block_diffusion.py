@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from archs.contracts import State
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL, block_causal
-from objectives.contracts import Batch, Model, Objective, Request, Sampler, Samples
+from objectives.contracts import Batch, Model, Objective, Predictions, Request, Sampler, Samples
 from objectives.decoding.cached_blocks import CachedBlocks
 from objectives.decoding.unmasking import Ancestral, MaskedDenoiser, Unmasking
-from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats, nats_at
+from objectives.likelihood import Likelihood, bound_by, check_draws, nats_at
 from objectives.noise import mask_some
 
 
@@ -96,11 +96,10 @@ class BlockDiffusion(Objective):
         """As in `Objective`: the tokens that count are masked together, in every block."""
         return self._logits(model, batch, batch.counted_BT, torch.ones_like(batch.weights_BT))
 
-    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
-        """As in `Objective`: a one-draw estimate of the bound."""
+    def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
+        """As in `Objective`: the tokens that are masked, in every block as many as are drawn for it."""
         masked_BT, weight_BT, p_BT = self._noise(batch, generator)
-        nats_BT = self.masked_nats(model, batch, masked_BT, p_BT)
-        return mean_nats(nats_BT * weight_BT.to(nats_BT), batch.weights_BT)
+        return Predictions(self._logits(model, batch, masked_BT, p_BT), masked_BT, weight_BT)
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:

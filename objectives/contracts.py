@@ -23,7 +23,7 @@ from archs.contracts import State
 from archs.language_model import LanguageModel
 from archs.visibility import Visibility
 from objectives.decoding.draws import Draw
-from objectives.likelihood import Likelihood
+from objectives.likelihood import Likelihood, mean_nats, nats_at
 
 MASKED = -1  # stands in a prompt for a token to be filled in
 
@@ -128,6 +128,8 @@ class Samples:
         without meaning.
     log_probs_BT: float64, log-probability of each token that was drawn under the distribution that it was drawn from,
         in the pass in which it got its last value; 0 for the tokens of the prompt.
+    order_BT: int64, the number of that pass, from 0 on; within its block, where blocks are filled one after the other.
+        -1 for the tokens of the prompt.
     evaluations: passes of the network, and predictions: tokens that the head was run on; both per sequence, in the
         mean.
     """
@@ -135,8 +137,22 @@ class Samples:
     tokens_BT: Tensor
     lengths_B: Tensor
     log_probs_BT: Tensor
+    order_BT: Tensor
     evaluations: float
     predictions: float
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says of some tokens of a batch in one pass.
+
+    logits_NV: of the N tokens where where_BT is true. weights_BT: factors by which the nats of these tokens, summed,
+    estimate those of the whole sequence without bias.
+    """
+
+    logits_NV: Tensor
+    where_BT: Tensor
+    weights_BT: Tensor
 
 
 class Sampler(ABC):
@@ -155,6 +171,7 @@ class Objective(ABC):
     model_options: parts that it needs of the model, as options of `LanguageModel`.
     samplers: the kinds of sampler that can decode it.
     evaluation_draws: passes of the network that `evaluate` takes over a sequence.
+    updates: optimiser steps that are taken on one `experience`.
     """
 
     vocab_size: int
@@ -163,6 +180,7 @@ class Objective(ABC):
     model_options: Mapping[str, Any]
     samplers: tuple[type[Sampler], ...]
     evaluation_draws: int = 1
+    updates: int = 1
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """
@@ -180,10 +198,45 @@ class Objective(ABC):
     def flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
         """Forward FLOPs of training on one document of T tokens, a fraction `counted` of which are predicted."""
 
+    def training_flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
+        """FLOPs of one step of training on one document, as `flops` but forward, backward and all: each matrix product
+        is run once forward and twice backward."""
+        return 3 * self.flops(model, T, counted)
+
+    def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:
+        """Take what is to be remembered of the model before its first step; return the models that stand still beside
+        it, to be kept on its device."""
+        return ()
+
+    def experience(self, model: LanguageModel, batch: Batch, generator: Generator) -> Batch:
+        """Return what `updates` steps learn from, made of a batch of the data: the batch itself, unless an objective
+        has the model write answers of its own. Without gradients."""
+        return batch
+
+    def telemetry(self) -> dict[str, float]:
+        """Figures of the last loss that are worth watching, by name; none before it."""
+        return {}
+
+    def written(self) -> Sequence[tuple[Tensor, float]]:
+        """Sequences [T] of the last experience that the model wrote, up to their ends, each with its reward."""
+        return ()
+
     @abstractmethod
+    def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
+        """Return what the model says of tokens that count, from what training lets each be seen from; with gradients.
+        All chance comes from the generator."""
+
+    def nats(self, model: Model, batch: Batch, generator: Generator) -> Tensor:
+        """A one-draw estimate of -log p, or of its bound, token by token, [B, T] with gradients; 0 at tokens that do
+        not count."""
+        said = self.predictions(model, batch, generator)
+        nats_BT = nats_at(said.logits_NV, batch.tokens_BT, said.where_BT)
+        return nats_BT * said.weights_BT.to(nats_BT)
+
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """Return what training minimises, a scalar with gradients: nats per token that counts, each times its weight,
         and what the objective adds. All chance comes from the generator."""
+        return mean_nats(self.nats(model, batch, generator), batch.weights_BT)
 
     @abstractmethod
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
-from objectives.contracts import Batch, Model, Objective, Request, Samples
+from objectives.contracts import Batch, Model, Objective, Predictions, Request, Samples
 from objectives.decoding.unmasking import Ancestral, Unmasking
 from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats, nats_at
 from objectives.noise import Polynomial, Schedule, check, draw_times, mask_some, uniform
@@ -35,6 +35,8 @@ class MaskedDiffusion(Objective):
         times: how a batch's times are drawn (see `draw_times`).
         weighting: of the training loss: "bound", or "flat" for a weight of 1 in place of 1 / p, whose loss varies less
             and is no bound. What is reported is the bound either way.
+        complementary: whether training reads a batch twice, the second time with those tokens masked that were not the
+            first time (LLaDA 2.0, arXiv 2512.15745): each is predicted once, for twice the passes.
         timed: whether the model is told p. The tokens show it, so it is not by default.
         evaluation_draws: independent draws of masks for `evaluate`, at least 2 (their spread gives the error).
 
@@ -52,6 +54,7 @@ class MaskedDiffusion(Objective):
         schedule: Schedule = Polynomial(),
         times: str = "stratified",
         weighting: str = "bound",
+        complementary: bool = False,
         timed: bool = False,
         evaluation_draws: int = 2,
     ):
@@ -63,10 +66,12 @@ class MaskedDiffusion(Objective):
         self.model_vocab_size = vocab_size + 1
         self.model_options = {"timed": True} if timed else {}
         self.schedule, self.times, self.weighting, self.timed = schedule, times, weighting, timed
-        self.evaluation_draws = evaluation_draws
+        self.complementary, self.evaluation_draws = complementary, evaluation_draws
 
     def flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
         """As in `Objective`: the head runs on masked tokens, in the mean over times."""
+        if self.complementary:
+            return 2 * model.flops(T, BIDIRECTIONAL, counted / 2)
         t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
         return model.flops(T, BIDIRECTIONAL, counted * self.schedule.noised(t).mean().item())
 
@@ -86,15 +91,35 @@ class MaskedDiffusion(Objective):
         """As in `Objective`: all tokens that count are masked together."""
         return self._logits(model, batch, batch.counted_BT, batch.counted_BT.double().mean(1))
 
-    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
-        """As in `Objective`: a one-draw estimate of the bound."""
+    def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
+        """As in `Objective`: the tokens that are masked at a time drawn."""
         t_B = draw_times(len(batch.tokens_BT), self.times, generator)
         p_B, rate_B = self.schedule.noised(t_B), self.schedule.rate(t_B)
-        masked_BT = (uniform(batch.tokens_BT.shape, generator) < p_B[:, None]).to(batch.tokens_BT.device)
-        nats_BT = self.masked_nats(model, batch, masked_BT & batch.counted_BT, p_B)
+        device = batch.tokens_BT.device
+        masked_BT = (uniform(batch.tokens_BT.shape, generator) < p_B[:, None]).to(device)
+        weight_B1, rest_B1 = (rate_B / p_B)[:, None].to(device), (rate_B / (1 - p_B))[:, None].to(device)
+        where_BT = masked_BT & batch.counted_BT
+        if not self.complementary:
+            logits_NV = self._logits(model, batch, where_BT, p_B)
+            return Predictions(logits_NV, where_BT, weight_B1.expand_as(where_BT))
+        rest_BT = batch.counted_BT & ~masked_BT
+        starts = None if batch.starts_BT is None else torch.cat([batch.starts_BT] * 2)
+        both = Batch(torch.cat([batch.tokens_BT] * 2), torch.cat([batch.weights_BT] * 2), starts)
+        logits_NV = self._logits(model, both, torch.cat([where_BT, rest_BT]), torch.cat([p_B, 1 - p_B]))
+        # In the order of the batch: each token that counts is in one of the two readings.
+        place_BT = torch.zeros_like(batch.tokens_BT)
+        numbers = torch.arange(len(logits_NV), device=device).split([int(where_BT.sum()), int(rest_BT.sum())])
+        for here_BT, number_N in zip((where_BT, rest_BT), numbers, strict=True):
+            place_BT[here_BT] = number_N
+        weights_BT = torch.where(masked_BT, weight_B1, rest_B1) / 2
+        return Predictions(logits_NV[place_BT[batch.counted_BT]], batch.counted_BT, weights_BT)
+
+    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
+        """As in `Objective`: a one-draw estimate of the bound, or of what `weighting` says."""
         if self.weighting == "bound":
-            nats_BT = nats_BT * (rate_B / p_B).to(nats_BT)[:, None]
-        return mean_nats(nats_BT, batch.weights_BT)
+            return super().loss(model, batch, generator)
+        said = self.predictions(model, batch, generator)
+        return mean_nats(nats_at(said.logits_NV, batch.tokens_BT, said.where_BT), batch.weights_BT)
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from archs.contracts import State
 from archs.language_model import LanguageModel
 from archs.visibility import CAUSAL
-from objectives.contracts import Batch, Model, Objective, Request, Samples
+from objectives.contracts import Batch, Model, Objective, Predictions, Request, Samples
 from objectives.decoding.autoregression import Autoregression
 from objectives.likelihood import Likelihood, mean_nats, nats_at
 
@@ -57,6 +57,10 @@ class NextToken(Objective):
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """As in `Objective`: each from the tokens before it."""
         return model.logits(self._hidden(model, batch)[batch.counted_BT])
+
+    def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
+        """As in `Objective`: all tokens that count, which is exact. The generator is not used."""
+        return Predictions(self.logits(model, batch), batch.counted_BT, torch.ones_like(batch.weights_BT))
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`, with the weighted loss of the further tokens. The generator is not used."""

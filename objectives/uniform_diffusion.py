@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
-from objectives.contracts import Batch, Model, Objective, Request, Samples
+from objectives.contracts import Batch, Model, Objective, Predictions, Request, Samples
 from objectives.decoding.revising import Revise
-from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats
+from objectives.likelihood import Likelihood, bound_by, check_draws
 from objectives.noise import Polynomial, Schedule, check, draw_times, uniform
 from objectives.whole_sequence import logits_at, sampling_flops
 
@@ -91,29 +91,41 @@ class UniformDiffusion(Objective):
         inside_N = K / log_Q_i.exp() - K / X_i + (K * (log_Q_i - X_i.log()) + X_log_X - X_log_Q) / X_i
         return inside_N / (K * a_N)
 
-    def _nats(self, model: Model, batch: Batch, generator: Generator) -> Tensor:
-        """A one-draw estimate of the bound, token by token, [B, T] float64; 0 at tokens that do not count."""
-        tokens_BT, where_BT = batch.tokens_BT, batch.counted_BT
+    def _noised(self, batch: Batch, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, T] noised at times drawn, the fraction of noise and its rate, [B] each."""
+        tokens_BT = batch.tokens_BT
         device, (B, T) = tokens_BT.device, tokens_BT.shape
         t_B = 1 - draw_times(B, self.times, generator)  # in [0, 1): at p = 1 the integrand is 0 / 0
         p_B = self.schedule.noised(t_B)
-        hit_BT = (uniform((B, T), generator) < p_B[:, None]).to(device) & where_BT
+        hit_BT = (uniform((B, T), generator) < p_B[:, None]).to(device) & batch.counted_BT
         random_BT = torch.randint(self.vocab_size, (B, T), generator=generator, device=generator.device).to(device)
-        noised_BT = torch.where(hit_BT, random_BT, tokens_BT)
+        return torch.where(hit_BT, random_BT, tokens_BT), p_B, self.schedule.rate(t_B)
+
+    def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
+        """As in `Objective`, with every token from all noised ones, its own too. Their nats are no likelihood: `nats`
+        is."""
+        noised_BT, p_B, _ = self._noised(batch, generator)
         log_q_NV = self._log_probs(model, noised_BT, batch, p_B)
-        p_BT, rate_BT = (x.to(device)[:, None].expand(B, T) for x in (p_B, self.schedule.rate(t_B)))
+        return Predictions(log_q_NV, batch.counted_BT, torch.ones_like(batch.weights_BT))
+
+    def nats(self, model: Model, batch: Batch, generator: Generator) -> Tensor:
+        """As in `Objective`, float64."""
+        tokens_BT, where_BT = batch.tokens_BT, batch.counted_BT
+        noised_BT, p_B, rate_B = self._noised(batch, generator)
+        log_q_NV = self._log_probs(model, noised_BT, batch, p_B)
+        p_BT, rate_BT = (x.to(tokens_BT.device)[:, None].expand_as(tokens_BT) for x in (p_B, rate_B))
         nats_N = self.integrand(log_q_NV, tokens_BT[where_BT], noised_BT[where_BT], p_BT[where_BT])
         nats_N = nats_N * rate_BT[where_BT]
-        return nats_N.new_zeros(B, T).masked_scatter(where_BT, nats_N)
+        return nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`: a one-draw estimate of the bound."""
-        return mean_nats(self._nats(model, batch, generator), batch.weights_BT).float()
+        return super().loss(model, batch, generator).float()
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
         """As in `Objective`: the bound over the whole range of noise, from the least to all."""
-        return bound_by(lambda generator: self._nats(model, batch, generator).sum(1), self.evaluation_draws, generator)
+        return bound_by(lambda generator: self.nats(model, batch, generator).sum(1), self.evaluation_draws, generator)
 
     def denoiser(self, model: Model) -> "NoisedSequence":
         return NoisedSequence(model, self.vocab_size, self.timed)

@@ -30,7 +30,7 @@ def train_command(monkeypatch, tmp_path):
     ("override", "words"),
     [
         ("arch=transfomer", "arch=transfomer is not known: did you mean transformer?"),
-        ("data=nothing", "data=nothing is not known: choose one of associative_recall, base"),
+        ("data=quux", "data=quux is not known: choose one of addition, associative_recall, base"),
         ("arch.widht=16", "arch.widht is no setting: did you mean width?"),
         ("nothing=1", "nothing is no setting: choose one of arch, budget, data"),
         ("arch.model.mixers.attention.window=8", "+arch.model.mixers.attention.window=..."),

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from filelock import FileLock
 
+from experiments.data.environments.contracts import Environment
 from experiments.data.progress import watched
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class TokenData:
     train_answers: np.ndarray | None = None  # bool, as long as `train`; None: every token is scored
     heldout_answers: np.ndarray | None = None
     heldout_entropy: float | None = None  # nats of `heldout` under its own language, where that is known
+    group: int = 1  # windows that stand together and are drawn together, in order: 2 of a chosen and a rejected answer
+    environment: Environment | None = None  # that the held-out prompts are from, by which answers are scored
 
     @property
     def counted(self) -> float:

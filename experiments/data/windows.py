@@ -27,27 +27,30 @@ def check_enough(tokens_available: int, tokens_asked: int, allow_repeats: bool) 
 
 
 class TrainWindows:
-    """An endless sequence of windows: window i is a function of (train, sequence_length, seed, i) alone.
+    """An endless sequence of windows: window i is a function of (train, sequence_length, seed, group, i) alone.
 
-    The stream is cut in windows of sequence_length tokens that do not overlap; a rest shorter than that is
-    not read. Each pass over the corpus takes them in a fresh permutation drawn from (seed, pass).
+    The stream is cut in windows of sequence_length tokens that do not overlap, and these in groups that stand together;
+    a rest shorter than a group is not read. Each pass over the corpus takes the groups in a fresh permutation drawn
+    from (seed, pass), and the windows of each in their order.
 
     Args:
         train: the tokens.
         sequence_length: T >= 1.
         seed: >= 0.
+        group: windows of a group, >= 1.
     """
 
-    def __init__(self, train: Stream, sequence_length: int, seed: int):
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length={sequence_length} must be at least 1")
-        if len(train) < sequence_length:
+    def __init__(self, train: Stream, sequence_length: int, seed: int, group: int = 1):
+        if sequence_length < 1 or group < 1:
+            raise ValueError(f"sequence_length={sequence_length} and group={group} must be at least 1")
+        if len(train) < group * sequence_length:
+            needed = "one window" if group == 1 else f"a group of {group} windows"
             raise ValueError(
-                f"the corpus has {len(train)} training tokens, fewer than one window of sequence_length="
+                f"the corpus has {len(train)} training tokens, fewer than {needed} of sequence_length="
                 f"{sequence_length}: choose a larger corpus or a shorter sequence"
             )
-        self.train, self.sequence_length, self.seed = train, sequence_length, seed
-        self.windows = len(train) // sequence_length
+        self.train, self.sequence_length, self.seed, self.group = train, sequence_length, seed, group
+        self.groups = len(train) // (group * sequence_length)
         self._pass, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, start: int, size: int) -> Tensor:
@@ -59,11 +62,12 @@ class TrainWindows:
         return torch.from_numpy(np.stack([self.train[o : o + T] for o in offsets]).astype(np.int64))
 
     def _window(self, index: int) -> int:
-        number, position = divmod(index, self.windows)
+        group, member = divmod(index, self.group)
+        number, position = divmod(group, self.groups)
         if number != self._pass:
-            self._order = np.random.default_rng([self.seed, number]).permutation(self.windows)
+            self._order = np.random.default_rng([self.seed, number]).permutation(self.groups)
             self._pass = number
-        return int(self._order[position])
+        return int(self._order[position]) * self.group + member
 
 
 def document_starts(tokens: Tensor, eot: int) -> Tensor:

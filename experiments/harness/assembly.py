@@ -1,6 +1,9 @@
 """From a run's config to what the run will be, before anything is trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from omegaconf import DictConfig
@@ -9,10 +12,12 @@ from archs.costs import Costs, costs
 from experiments.data.token_data import TokenData
 from experiments.data.windows import check_enough, document_lengths
 from experiments.harness.budget import Allocation, allocate
+from experiments.harness.identity import Run
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.parts import build, build_model, build_objective
 from experiments.harness.schedules import Schedule
 from experiments.harness.trainer import Trainer
+from experiments.harness.weights import load_trained
 from objectives.contracts import Objective
 
 
@@ -20,18 +25,20 @@ from objectives.contracts import Objective
 class Measured:
     """A run's model before it is trained, or even given memory.
 
-    flops_per_step: what the optimiser costs in each step. objective, optimiser: the parts themselves.
+    forward: FLOPs of one forward pass per token. flops_per_step: what the optimiser costs in each step. objective,
+    optimiser: the parts themselves.
     """
 
     costs: Costs
+    forward: float
     depth: int
     flops_per_step: float
     objective: Objective
     optimiser: Optimiser
 
     def evaluation_flops(self, data: TokenData) -> float:
-        """Returns what one evaluation on all held-out tokens costs: forward passes, a third of training each."""
-        return self.costs.flops_per_token / 3 * self.objective.evaluation_draws * len(data.heldout)
+        """Returns what one evaluation on all held-out tokens costs."""
+        return self.forward * self.objective.evaluation_draws * len(data.heldout)
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,16 @@ class Prepared:
         )
 
 
-def measure(config: DictConfig, data: TokenData) -> Measured:
-    """Costs of a run's model, which is built on the meta device.
+def measure(config: DictConfig, data: TokenData, others: Mapping[str, Path] = MappingProxyType({})) -> Measured:
+    """Costs of a run's model, which is built on the meta device. others: folders of the runs whose models its objective
+    asks for (`Run.others`).
 
     Raises:
         ValueError: when backbone and objective, or objective and length, do not go together.
     """
-    objective, optimiser, T = build_objective(config, data), build(config.optim), config.data.sequence_length
+    trained = {name: load_trained(folder) for name, folder in others.items()}
+    objective, optimiser = build_objective(config, data, trained), build(config.optim)
+    T = config.data.sequence_length
     with torch.device("meta"):
         model = build_model(config, objective)
     try:
@@ -69,8 +79,12 @@ def measure(config: DictConfig, data: TokenData) -> Measured:
     except ValueError as error:
         raise ValueError(f"objective={config.objective.name} with arch={config.arch.name}: {error}") from error
     lengths = document_lengths(data.train, data.eot, T) if config.data.packed else {T: 1.0}
-    forward = sum(number * objective.flops(model, length, data.counted) for length, number in lengths.items())
-    return Measured(costs(model, T, forward), model.depth, optimiser.flops(model.roles()), objective, optimiser)
+    forward, training = (
+        sum(number * flops(model, length, data.counted) for length, number in lengths.items())
+        for flops in (objective.flops, objective.training_flops)
+    )
+    per_step = optimiser.flops(model.roles())
+    return Measured(costs(model, T, training), forward / T, model.depth, per_step, objective, optimiser)
 
 
 def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation:
@@ -91,11 +105,12 @@ def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation
     return allocation
 
 
-def prepare_run(config: DictConfig, data: TokenData) -> Prepared:
+def prepare_run(run: Run, data: TokenData) -> Prepared:
     """Return what a run will be. Raises ValueError as `measure` and `spend` do, and for a trainer that is not there."""
+    config = run.config
     trainer: Trainer = build(config.trainer)
     schedule: Schedule = build(config.schedule)
-    measured = measure(config, data)
+    measured = measure(config, data, run.others)
     allocation, device = spend(config, data, measured), trainer.device()
     precision = trainer.precision_on(device, config.arch.width)
     compiled = trainer.compiles(device, allocation.flops)

@@ -31,9 +31,9 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.allocation, self.packed = data, allocation, packed
         # Both are cut and ordered by length and seed alone, so their windows go together.
-        self.windows = TrainWindows(data.train, allocation.sequence_length, seed)
+        self.windows = TrainWindows(data.train, allocation.sequence_length, seed, data.group)
         marks = data.train_answers
-        self.answers = None if marks is None else TrainWindows(marks, allocation.sequence_length, seed)
+        self.answers = None if marks is None else TrainWindows(marks, allocation.sequence_length, seed, data.group)
         self.evaluation_batch = evaluation_batch
 
     def batch(self, tokens_BT: Tensor, answers_BT: Tensor | None) -> Batch:

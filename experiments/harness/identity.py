@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,13 +51,14 @@ class Session:
 class Run:
     """A run before it is run.
 
-    config: its identity, resolved. init_from: the folder of the weights that it begins with, or None; in the config
-    stands what they are, and not where.
+    config: its identity, resolved. init_from: the folder of the weights that it begins with, or None. others: by name
+    the folders of the runs whose models its objective asks for. In the config stands what these are, and not where.
     """
 
     config: DictConfig
     session: Session
     init_from: Path | None = None
+    others: Mapping[str, Path] = field(default_factory=dict)
 
     @functools.cached_property
     def id(self) -> str:
@@ -89,8 +91,12 @@ def run_of(config: DictConfig) -> Run:
     session = Session(**session | {"root": Path(session["root"])})
     init_from = None
     if parts["init_from"] is not None:
-        init_from, parts["init_from"] = find_weights(str(parts["init_from"]), session.root)
-    run = Run(DictConfig(parts), session, init_from)
+        init_from, parts["init_from"] = find_weights("init_from", str(parts["init_from"]), session.root)
+    others, models = {}, parts["objective"].get("models", {})
+    for name, given_run in models.items():
+        if given_run is not None:
+            others[name], models[name] = find_weights(f"objective.models.{name}", str(given_run), session.root)
+    run = Run(DictConfig(parts), session, init_from, others)
     if not (run.folder / "row.json").exists():  # else they were good, and importing them takes a second
         check_parts(parts)
     return run
@@ -119,9 +125,10 @@ def run_id(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def find_weights(init_from: str, root: Path) -> tuple[Path, str]:
-    """The folder that `init_from` names, a run's id in <root>/cells or any folder with weights, and what stands for
-    these weights in an identity: the run that made them with the digest of its code, or a digest of the files.
+def find_weights(setting: str, init_from: str, root: Path) -> tuple[Path, str]:
+    """The folder that a setting such as `init_from` names, a run's id in <root>/cells or any folder with weights, and
+    what stands for these weights in an identity: the run that made them with the digest of its code, or a digest of
+    the files.
 
     Raises:
         ValueError: when there are no weights.
@@ -136,7 +143,7 @@ def find_weights(init_from: str, root: Path) -> tuple[Path, str]:
             files += [path for path in [folder / "config.json"] if path.exists()]  # a public checkpoint's
             return folder, digest(tuple(files), tuple(path.stat().st_mtime_ns for path in files))
     raise ValueError(
-        f"init_from={init_from}: neither {root / 'cells' / init_from} nor a folder of that name holds *.safetensors; "
+        f"{setting}={init_from}: neither {root / 'cells' / init_from} nor a folder of that name holds *.safetensors; "
         "give the id of a finished run under session.root, or a folder with weights"
     )
 

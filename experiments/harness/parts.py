@@ -3,6 +3,8 @@ again need not wait for torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hydra.errors import InstantiationException
@@ -14,6 +16,7 @@ from experiments.data.token_data import TokenData
 if TYPE_CHECKING:
     from archs.language_model import LanguageModel
     from objectives.contracts import Objective
+    from objectives.post_training.tuning import Trained
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:
@@ -35,9 +38,31 @@ def open_data(config: DictConfig) -> TokenData:
     return build(config.data.tokens)
 
 
-def build_objective(config: DictConfig, data: TokenData) -> Objective:
-    """Return the objective for the vocabulary of the data."""
-    return build(config.objective.build, vocab_size=data.vocab_size, eot=data.eot)
+def build_objective(
+    config: DictConfig, data: TokenData, trained: Mapping[str, Trained] = MappingProxyType({})
+) -> Objective:
+    """Return the objective for the vocabulary of the data. trained: the models that it asks for, by name.
+
+    Raises:
+        ValueError: for rewards that neither the data nor a model gives.
+    """
+    node = config.objective
+    if "base" not in node:
+        return build(node.build, vocab_size=data.vocab_size, eot=data.eot)
+    given: dict[str, Any] = dict(trained)
+    if "reward" in node.get("models", {}):
+        from experiments.harness.tasks import reward_of
+
+        given["reward"] = reward_of(data, trained.get("reward"))
+    # Not as settings: Hydra would take a model apart.
+    return build(node.build, _partial_=True)(base=build_base(node, data), eot=data.eot, **given)
+
+
+def build_base(node: DictConfig, data: TokenData) -> Objective:
+    """Return the objective that says how a model of this node reads and writes, below all that tunes it."""
+    while "base" in node:
+        node = node.base
+    return build(node.build, vocab_size=data.vocab_size, eot=data.eot)
 
 
 def build_model(config: DictConfig, objective: Objective) -> LanguageModel:

@@ -47,7 +47,7 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         from experiments.harness.assembly import prepare_run  # torch, for which a run that is found need not wait
 
         check_parts(plain(config))  # again, since `run_of` trusts those of a row that did not count
-        prepared = prepare_run(config, data)
+        prepared = prepare_run(run, data)
         say(run, f"run {run.id}: {prepared}")
         from experiments.harness import training  # Lightning, for which a mistake need not wait
 

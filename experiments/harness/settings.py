@@ -56,10 +56,16 @@ class ArchSettings(Settings):
     width_multiple: Count
 
 
+class ScoringSettings(Closed):
+    prompts: Count
+    samples: Count
+
+
 class DataSettings(Settings):
     sequence_length: Count
     allow_repeats: bool
     packed: bool
+    scoring: ScoringSettings | None = None
 
 
 class BudgetSettings(Closed):

@@ -5,11 +5,15 @@ Shape letters: B sequences, T tokens.
 
 import math
 import time
+from collections.abc import Callable
 
 import lightning as L
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.harness.budget import Allocation
+
+SHOWN = 16  # sequences that the model wrote, of one experience
 
 
 class Diverged(RuntimeError):
@@ -27,8 +31,10 @@ class Telemetry(L.Callback):
         train_loss: running mean over about 50 steps, nats per token: one batch is noise.
     """
 
-    def __init__(self, writer: SummaryWriter, allocation: Allocation, peak_flops: float):
-        self.writer, self.allocation, self.peak_flops = writer, allocation, peak_flops
+    def __init__(
+        self, writer: SummaryWriter, allocation: Allocation, peak_flops: float, decode: Callable[[np.ndarray], str]
+    ):
+        self.writer, self.allocation, self.peak_flops, self.decode = writer, allocation, peak_flops, decode
         self.train_seconds = self.earlier_seconds = 0.0
         self.train_loss = math.nan
         self.started = time.perf_counter()
@@ -57,10 +63,17 @@ class Telemetry(L.Callback):
                 petaflops=self.tokens(trainer.global_step) * self.allocation.flops_per_token / 1e15,
                 **{name: loss.item() for name, loss in pl_module.auxiliary_losses.items()},
                 **pl_module.model.telemetry(),
+                **pl_module.objective.telemetry(),
             )
+
+            if written := pl_module.objective.written()[:SHOWN]:
+                texts = (f"    {self.decode(tokens_T.cpu().numpy())!r}  {reward:.3g}" for tokens_T, reward in written)
+                self.writer.add_text("train/written", "\n".join(texts), trainer.global_step)
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.write("heldout", trainer.global_step, bits_per_byte=pl_module.bits_per_byte)
+        for task, score in pl_module.scores.items():
+            self.write(f"task/{task}", trainer.global_step, **{name: estimate[0] for name, estimate in score.items()})
 
     def tokens(self, step: int) -> int:
         return self.allocation.first_sequence(step) * self.allocation.sequence_length

@@ -1,30 +1,39 @@
 """One training by Lightning, with all that is kept of it."""
 
+import functools
+import json
 import logging
 import math
 import platform
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.harness import checkpoints, hardware
 from experiments.harness.assembly import Prepared
+from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
 from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
 from experiments.harness.parts import build_model
 from experiments.harness.progress_bar import ProgressBar
+from experiments.harness.tasks import score
 from experiments.harness.telemetry import Diverged, Telemetry
 from experiments.harness.training_module import TrainingModule
 from experiments.harness.weights import begin_from, save_weights
+from objectives.contracts import Objective
 
 log = logging.getLogger(__name__)
+EVALUATIONS = "evaluations.jsonl"  # one line per evaluation of a run, the last of a step counts
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
@@ -39,6 +48,36 @@ class Checkpoints(L.Callback):
         if time.monotonic() - self.written >= self.seconds:
             checkpoints.write(self.folder, trainer.global_step, trainer.save_checkpoint)
             self.written = time.monotonic()
+
+
+class Evaluations(L.Callback):
+    """Keeps what each evaluation of a run has found."""
+
+    def __init__(self, folder: Path, allocation: Allocation):
+        self.path, self.allocation = folder / EVALUATIONS, allocation
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        step, allocation = trainer.global_step, self.allocation
+        tokens = allocation.first_sequence(step) * allocation.sequence_length
+        flops = allocation.flops_per_token * tokens + allocation.flops_per_step * step
+        found = {"step": step, "flops": flops, "bits_per_byte": pl_module.bits_per_byte, "tasks": pl_module.scores}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+def scoring(config: DictConfig, data: TokenData, objective: Objective) -> Callable[[LanguageModel], dict] | None:
+    """What scores a model on the tasks of its data; None where there are none, or where it writes nothing."""
+    if data.environment is None or not objective.samplers:
+        return None
+    length, settings = config.data.sequence_length, config.data.scoring
+    return functools.partial(
+        score,
+        objective=objective,
+        data=data,
+        sequence_length=length,
+        prompts=settings.prompts,
+        samples=settings.samples,
+    )
 
 
 def choose_threads(run: Run, prepared: Prepared) -> int:
@@ -114,15 +153,18 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         allocation.tokens,
         data.heldout_bytes,
         config.seed,
+        scoring(config, data, measured.objective),
     )
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
-    telemetry = Telemetry(logger.experiment, allocation, peak)
+    telemetry = Telemetry(logger.experiment, allocation, peak, data.decode)
     bar = [ProgressBar(telemetry, allocation.steps, prepared.compiled)] if run.session.progress else []
     evaluations = settings.evaluations_in(allocation.flops, measured.evaluation_flops(data))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer = _trainer(prepared, evaluations, logger, [telemetry, Checkpoints(run), *bar])
+        trainer = _trainer(
+            prepared, evaluations, logger, [telemetry, Checkpoints(run), Evaluations(folder, allocation), *bar]
+        )
         trainer.fit(module, data_module, ckpt_path=checkpoints.last_good(folder))
         if trainer.global_step < allocation.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.global_step} of {allocation.steps}")
@@ -144,6 +186,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         "bits_per_byte_kind": "exact" if module.exact else "bound",
         "entropy_bits_per_byte": data.heldout_entropy and data.heldout_entropy / math.log(2) / data.heldout_bytes,
         "train_loss": telemetry.train_loss,
+        "tasks": module.scores or None,
         "wall_seconds": telemetry.wall_seconds,
         "train_seconds": telemetry.train_seconds,
         "tokens_per_second": speed,

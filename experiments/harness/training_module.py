@@ -4,6 +4,7 @@ Shape letters: B sequences, T tokens.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
@@ -27,6 +28,7 @@ class TrainingModule(L.LightningModule):
             where exact) and error from the finite number of held-out sequences (None for a single one).
         exact: whether that is the likelihood itself and not a bound.
         evaluated_at: the step it was made at.
+        scores: what `score` found, {} where there is nothing to score by.
     """
 
     evaluated_at = -1
@@ -42,21 +44,32 @@ class TrainingModule(L.LightningModule):
         tokens: int,
         heldout_bytes: int,
         seed: int,
+        score: Callable[[LanguageModel], dict] | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
-        self.heldout_bytes, self.seed = heldout_bytes, seed
+        self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
+        self.beside: Sequence[LanguageModel] = objective.begin(model)
+        self.learnt_from: tuple[int, Batch] | None = None  # an experience, and the step that it was made in
+        self.scores: dict = {}
 
     def configure_optimizers(self) -> dict:  # pyrefly: ignore[bad-override]
         optimizer = self.optimiser.build(self.model.roles(), self.model.width, self.tokens)
         schedule = scheduled(optimizer, self.schedule, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        for model in self.beside:
+            model.to(self.device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # A generator made anew from (seed, step) needs no place in the checkpoint.
         generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
-        loss = self.objective.loss(self.model, batch, generator)
+        made_in = self.global_step - self.global_step % self.objective.updates
+        if self.learnt_from is None or self.learnt_from[0] != made_in:
+            self.learnt_from = made_in, self.objective.experience(self.model, batch, generator)
+        loss = self.objective.loss(self.model, self.learnt_from[1], generator)
         self.auxiliary_losses = self.model.auxiliary_losses()
         return loss + sum(self.auxiliary_losses.values())
 
@@ -67,6 +80,16 @@ class TrainingModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.objective.updates > 1 and self.learnt_from is not None:
+            step, batch = self.learnt_from
+            checkpoint["learnt_from"] = step, batch.tokens_BT, batch.weights_BT, batch.starts_BT, dict(batch.extras)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if "learnt_from" in checkpoint:
+            step, *parts = checkpoint["learnt_from"]
+            self.learnt_from = step, Batch(*parts).to(self.device)
 
     def on_validation_epoch_start(self) -> None:
         self.nats, self.variance = [], 0.0
@@ -87,5 +110,6 @@ class TrainingModule(L.LightningModule):
         self.bits_per_byte = nats.sum().item() * to_bits
         self.bits_per_byte_se = math.sqrt(self.variance) * to_bits
         self.bits_per_byte_data_se = nats.std().item() * math.sqrt(len(nats)) * to_bits if len(nats) > 1 else None
+        self.scores = {} if self.score is None else self.score(self.model)
         self.evaluated_at = self.global_step
         self.log("bits_per_byte", self.bits_per_byte, prog_bar=True, logger=False)

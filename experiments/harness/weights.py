@@ -15,19 +15,21 @@ from archs.checkpoints.likeness import check_settings
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.harness.identity import load_config, plain
-from experiments.harness.parts import build_model, build_objective, open_data
+from experiments.harness.parts import build_base, build_model, open_data
 from experiments.harness.settings import check_stranger
 from objectives.contracts import Objective
+from objectives.post_training.tuning import Trained
 
 # What an objective adds to a model: absent on one side, it is left out or begins anew.
-OF_OBJECTIVES = "time.", "ahead."
+OF_OBJECTIVES = "time.", "ahead.", "score."
 # What has one row per token id, of which objectives add some behind those of the data.
 BY_TOKEN = "embedding.weight", "head.weight", "head.bias"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A trained model with what it was trained on."""
+    """A trained model with what it was trained on. objective: how it reads and writes; of a tuned one that of its
+    base."""
 
     config: DictConfig
     model: LanguageModel
@@ -47,11 +49,17 @@ def load_run(folder: Path, data: TokenData | None = None, trusted: Collection[st
     config = load_config(folder / "config.yaml")
     check_stranger(plain(config), trusted)
     data = open_data(config) if data is None else data
-    objective = build_objective(config, data)
+    objective = build_base(config.objective, data)
     model = build_model(config, objective)
     # A tied head is stored once, as the embedding.
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=not model.tied)
     return FinishedRun(config, model.eval(), objective, data)
+
+
+def load_trained(folder: Path) -> Trained:
+    """Return the model of a finished run, for another run's objective."""
+    run = load_run(folder)
+    return Trained(run.model, run.objective)
 
 
 def save_weights(model: LanguageModel, path: Path) -> None:

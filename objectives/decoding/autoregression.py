@@ -72,5 +72,7 @@ class Autoregression(Sampler):
             logits, states = denoiser.extend(tokens_BT[:, t : t + 1], states)
         lengths_B = lengths_of(tokens_BT, drawn_BT, request.stop)
         before_end_BT = torch.arange(T, device=device) < lengths_B[:, None]
-        predictions = (drawn_BT & before_end_BT).sum().item() / B
-        return Samples(tokens_BT, lengths_B, log_probs_BT.where(before_end_BT, 0.0), float(passes), predictions)
+        drawn_BT &= before_end_BT
+        order_BT = torch.arange(-shared, T - shared, device=device).where(drawn_BT, -1)
+        log_probs_BT = log_probs_BT.where(before_end_BT, 0.0)
+        return Samples(tokens_BT, lengths_B, log_probs_BT, order_BT, float(passes), drawn_BT.sum().item() / B)

@@ -48,13 +48,11 @@ class CachedBlocks(Sampler):
         states = denoiser.empty_states(B)
         for start in range(0, T, denoiser.block_size):
             here = slice(start, min(start + denoiser.block_size, T))
-            tokens_BS, masked_BS, log_probs_BS = (
-                x[:, here] for x in (whole.tokens_BT, whole.masked_BT, whole.log_probs_BT)
-            )
-            block = Canvas(tokens_BS, masked_BS, log_probs_BS, whole.mask, whole.draw, whole.generator)
+            block = whole.part(here)
             if block.masked_BT.any():
                 self.sampler.fill(denoiser.within(states), block, block.masked_BT)
                 whole.tokens_BT[:, here], whole.log_probs_BT[:, here] = block.tokens_BT, block.log_probs_BT
+                whole.order_BT[:, here] = block.order_BT
                 whole.passes, whole.predictions = whole.passes + block.passes, whole.predictions + block.predictions
             if here.stop < T:
                 states = denoiser.after(block.tokens_BT, states)

@@ -55,7 +55,8 @@ class Revise(Sampler):
             log_probs_BT = log_probs_BT.masked_scatter(masked_BT, log_probs_N)
         lengths_B = lengths_of(tokens_BT, masked_BT, request.stop)
         predictions = self.steps * int(masked_BT.sum()) / B
-        return Samples(tokens_BT, lengths_B, log_probs_BT, float(self.steps), predictions)
+        order_BT = torch.where(masked_BT, self.steps - 1, -1)
+        return Samples(tokens_BT, lengths_B, log_probs_BT, order_BT, float(self.steps), predictions)
 
 
 def posterior(q_NV: Tensor, noised_N: Tensor, p: float, after: float) -> Tensor:

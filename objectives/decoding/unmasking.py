@@ -2,7 +2,7 @@
 
 The steps of these samplers are passes of the network; a sequence that is full takes no part in them.
 
-Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch.
+Shape letters: B sequences, T tokens, S tokens of a slice, V token ids, N positions picked out of a batch.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ class Canvas:
     """Sequences that are being filled.
 
     tokens_BT: int64, `mask` at masked positions. masked_BT: True at all positions to be filled, from the start on.
-    log_probs_BT: see `Samples`. passes, predictions: of all sequences together.
+    log_probs_BT, order_BT: see `Samples`. rounds: passes so far. passes, predictions: of all sequences together.
     """
 
     tokens_BT: Tensor
     masked_BT: Tensor
     log_probs_BT: Tensor
+    order_BT: Tensor
     mask: int
     draw: Draw
     generator: Generator
+    rounds: int = 0
     passes: int = 0
     predictions: int = 0
 
@@ -54,11 +56,19 @@ class Canvas:
     def of(cls, request: Request, mask: int) -> Canvas:
         tokens_BT, masked_BT = request.canvas(mask)
         log_probs_BT = torch.zeros_like(tokens_BT, dtype=torch.float64)
-        return cls(tokens_BT, masked_BT, log_probs_BT, mask, request.draw, request.generator)
+        order_BT = torch.full_like(tokens_BT, -1)
+        return cls(tokens_BT, masked_BT, log_probs_BT, order_BT, mask, request.draw, request.generator)
+
+    def part(self, here: slice) -> Canvas:
+        """The tokens of a slice as a canvas of their own."""
+        tokens_BS, masked_BS = self.tokens_BT[:, here], self.masked_BT[:, here]
+        log_probs_BS, order_BS = self.log_probs_BT[:, here], self.order_BT[:, here]
+        return Canvas(tokens_BS, masked_BS, log_probs_BS, order_BS, self.mask, self.draw, self.generator)
 
     def predict(self, denoiser: MaskedDenoiser, where_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the network once, for the sequences that have anything there: logits [N, V], ids drawn and their
         log-probabilities [N]."""
+        self.rounds += 1
         self.passes += int(where_BT.any(1).sum())
         self.predictions += int(where_BT.sum())
         noised_B = (self.tokens_BT == self.mask).sum(1) / self.masked_BT.sum(1).clamp(min=1)
@@ -70,12 +80,14 @@ class Canvas:
         self.tokens_BT = torch.where(keep_BT, self.tokens_BT.masked_scatter(where_BT, drawn_N), self.tokens_BT)
         log_probs_BT = self.log_probs_BT.masked_scatter(where_BT, log_probs_N)
         self.log_probs_BT = torch.where(keep_BT, log_probs_BT, self.log_probs_BT)
+        self.order_BT = self.order_BT.masked_fill(keep_BT, self.rounds - 1)
 
     def samples(self, stop: tuple[int, ...]) -> Samples:
         """Return what has been made of the request, each sequence up to its first stop token."""
         B = len(self.tokens_BT)
         lengths_B = lengths_of(self.tokens_BT, self.masked_BT, stop)
-        return Samples(self.tokens_BT, lengths_B, self.log_probs_BT, self.passes / B, self.predictions / B)
+        effort = self.passes / B, self.predictions / B
+        return Samples(self.tokens_BT, lengths_B, self.log_probs_BT, self.order_BT, *effort)
 
 
 def lengths_of(tokens_BT: Tensor, drawn_BT: Tensor, stop: tuple[int, ...]) -> Tensor:
@@ -136,13 +148,14 @@ class Ordered(Unmasking):
     by: "confidence" (the probability of the token drawn), "margin" (of the likeliest over the second), "entropy" (least
         first), or "random"; with as many steps as masked positions the last is the exact distribution of the denoiser,
         one token at a time.
+    steps: None for as many as masked positions.
     """
 
     by: str
-    steps: int
+    steps: int | None
 
     def __post_init__(self):
-        check_steps(self.steps)
+        check_steps(1 if self.steps is None else self.steps)
         if self.by not in ORDERS:
             raise ValueError(f"by={self.by!r} must be one of {', '.join(ORDERS)}")
 
@@ -152,7 +165,7 @@ class Ordered(Unmasking):
             ValueError: for more steps than tokens to fill.
         """
         most = int(request.canvas(denoiser.mask)[1].sum(1).max())
-        if self.steps > most:
+        if self.steps is not None and self.steps > most:
             raise ValueError(
                 f"steps={self.steps} is more than the {most} tokens to fill, and each step fills one or more"
             )
@@ -160,8 +173,8 @@ class Ordered(Unmasking):
 
     def fill(self, denoiser: MaskedDenoiser, canvas: Canvas, here_BT: Tensor) -> None:
         """As in `Unmasking`; a block with fewer masked positions than steps takes as many steps as it has."""
-        left_BT = here_BT
-        for step in range(min(self.steps, int(here_BT.sum(1).max())), 0, -1):
+        left_BT, most = here_BT, int(here_BT.sum(1).max())
+        for step in range(most if self.steps is None else min(self.steps, most), 0, -1):
             logits_NV, drawn_N, log_probs_N = canvas.predict(denoiser, left_BT)
             rank_BT = _ranks(goodness(logits_NV, drawn_N, self.by, canvas.generator), left_BT)
             keep_BT = left_BT & (rank_BT < -(-left_BT.sum(1, keepdim=True) // step))

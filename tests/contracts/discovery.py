@@ -36,6 +36,16 @@ def _composed(*overrides: str) -> DictConfig:
         return compose("train", [*small, *overrides])
 
 
+def likelihoods() -> list[str]:
+    """The objectives that say what text is worth; the others tune what one of these has taught."""
+    tunings = "objectives.post_training."
+    return [name for name in names("objective") if not _target(name).startswith(tunings)]
+
+
+def _target(objective: str) -> str:
+    return composed(f"objective={objective}").objective.build._target_
+
+
 def _parts(kind: str) -> dict[str, dict]:
     found, known = {}, set()
     for arch in names("arch"):

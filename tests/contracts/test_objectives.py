@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archs.language_model import LanguageModel
 from objectives.contracts import Batch, Objective, Request, Sampler
-from tests.contracts.discovery import LENGTH, WIDTH, composed, names, shaken
+from tests.contracts.discovery import LENGTH, WIDTH, composed, likelihoods, names, shaken
 
 V, EOT = 16, 15
-OBJECTIVES, SAMPLERS = names("objective"), [name for name in names("sampler") if name != "auto"]
+OBJECTIVES, SAMPLERS = likelihoods(), [name for name in names("sampler") if name != "auto"]
 every = pytest.mark.parametrize("name", OBJECTIVES)
 
 

@@ -5,11 +5,11 @@ import torch
 from hydra.utils import instantiate
 
 from objectives.contracts import Batch
-from tests.contracts.discovery import LENGTH, composed, names
+from tests.contracts.discovery import LENGTH, composed, likelihoods, names
 
 pytestmark = pytest.mark.thorough
 
-PAIRS = [(arch, objective) for arch in names("arch") for objective in names("objective")]
+PAIRS = [(arch, objective) for arch in names("arch") for objective in likelihoods()]
 
 
 @pytest.mark.parametrize(("arch", "objective"), PAIRS)

@@ -42,6 +42,20 @@ def test_passes_and_seeds_have_different_orders():
     assert not torch.equal(first.batch(0, 100), TrainWindows(stream, 10, seed=1).batch(0, 100))
 
 
+@given(**sizes, group=st.integers(1, 4), cut=st.integers(1, 20))
+@settings(deadline=None, max_examples=60)
+def test_the_windows_of_a_group_stay_together_and_in_order(tokens, length, seed, group, cut):
+    tokens = max(tokens, group * length)
+    windows = TrainWindows(np.arange(tokens, dtype=np.uint16), length, seed, group)
+    groups = tokens // (group * length)
+    read = [*range(0, 2 * groups * group, cut), 2 * groups * group]
+    parts = [windows.batch(a, b - a) for a, b in zip(read, read[1:], strict=False)]
+    passes = torch.cat(parts).view(2, groups, group * length)
+    expected = torch.arange(groups * group * length).view(groups, -1)
+    for one in passes:
+        assert torch.equal(one[one[:, 0].argsort()], expected)
+
+
 @given(tokens=st.integers(0, 100), length=st.integers(1, 12))
 @settings(deadline=None, max_examples=40)
 def test_heldout_windows_cover_every_token_once_in_order(tokens, length):
@@ -78,7 +92,9 @@ def test_the_documents_of_a_window_begin_at_its_start_and_behind_every_end(strea
             lambda: TrainWindows(np.arange(5), 6, 0),
             "5 training tokens, fewer than one window of sequence_length=6",
         ),
+        (lambda: TrainWindows(np.arange(5), 3, 0, 2), "fewer than a group of 2 windows of sequence_length=3"),
         (lambda: TrainWindows(np.arange(5), 0, 0), "sequence_length=0"),
+        (lambda: TrainWindows(np.arange(5), 2, 0, 0), "group=0 must be at least 1"),
         (lambda: TrainWindows(np.arange(5), 2, 0).batch(-1, 2), "start=-1"),
         (lambda: TrainWindows(np.arange(5), 2, 0).batch(0, 0), "size=0"),
         (lambda: heldout_windows(np.arange(5), 0), "sequence_length=0"),

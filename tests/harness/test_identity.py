@@ -10,9 +10,8 @@ from omegaconf import OmegaConf, open_dict
 from safetensors.torch import save_file
 
 from archs.language_model import LanguageModel
-from experiments.harness import weights
 from experiments.harness.identity import SESSION, find_weights, run_of
-from experiments.harness.parts import build_model
+from experiments.harness.parts import build_model, build_objective
 from experiments.harness.run import execute
 from experiments.harness.weights import begin_from, load_run
 
@@ -153,7 +152,7 @@ def test_weights_that_are_not_there_or_of_another_model_are_refused(make_run, ma
 def test_a_row_beside_the_weights_says_whose_they_are(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "row.json").write_text(json.dumps({"id": "abc"}))
-    assert find_weights(str(tmp_path), tmp_path) == (tmp_path, "abc")
+    assert find_weights("init_from", str(tmp_path), tmp_path) == (tmp_path, "abc")
 
 
 def test_every_tensor_that_does_not_fit_is_found(make_run, data, tmp_path):
@@ -170,4 +169,4 @@ def test_every_tensor_that_does_not_fit_is_found(make_run, data, tmp_path):
 
 
 def run_objective(run, data):
-    return weights.build_objective(run.config, data)
+    return build_objective(run.config, data)

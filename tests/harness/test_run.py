@@ -215,7 +215,7 @@ def test_an_objective_that_a_mixer_cannot_serve_is_refused_in_a_sentence(make_ru
 
     monkeypatch.setattr(GatedDelta, "visibilities", frozenset({Kind.CAUSAL}))
     with pytest.raises(ValueError, match="arch=gated_delta_hybrid: it needs bidirectional visibility.*choose another"):
-        prepare_run(make_run("arch=gated_delta_hybrid", "objective=masked_diffusion").config, data)
+        prepare_run(make_run("arch=gated_delta_hybrid", "objective=masked_diffusion"), data)
 
 
 def test_the_row_is_plain_json(make_run, data):
