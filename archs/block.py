@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from archs.contracts import Channel, Mixer, State
+from archs.parameters import adapter_products
 from archs.visibility import Visibility
 
 NORM_AT = ("pre", "post", "both")
@@ -56,5 +57,6 @@ class Block(nn.Module):
         return x_BTD, state
 
     def flops(self, T: int, visibility: Visibility) -> int:
-        """Forward FLOPs of one sequence."""
-        return self.mixer.flops(T, visibility) + (self.channel.flops(T) if self.channel is not None else 0)
+        """Forward FLOPs of one sequence, those of adapters included."""
+        parts = self.mixer.flops(T, visibility) + (self.channel.flops(T) if self.channel is not None else 0)
+        return parts + 2 * T * adapter_products(self)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from archs.block import Block
 from archs.contracts import Channel, Mixer, Part, State
-from archs.parameters import Linear, Role, RoleParameter, linear_layers
+from archs.parameters import Linear, Role, RoleParameter, adapter_products, linear_layers
 from archs.visibility import CAUSAL, Kind, Visibility
 
 TIME_FEATURES = 16
@@ -46,7 +46,8 @@ class Ahead(nn.Module):
 
     def flops(self, T: int) -> int:
         """Forward FLOPs of one sequence of T tokens."""
-        return 2 * T * self.merge.weight.numel() + self.block.flops(T, CAUSAL)
+        merge = self.merge.weight.numel() + adapter_products(self.merge)
+        return 2 * T * merge + self.block.flops(T, CAUSAL)
 
 
 class LanguageModel(nn.Module):
@@ -161,8 +162,8 @@ class LanguageModel(nn.Module):
             yield from linear_layers(part)
 
     def roles(self) -> list[RoleParameter]:
-        """Every parameter with its name, role and fan-in, in the order of `parameters()`; a tied head is an
-        embedding."""
+        """Every parameter that is trained, with its name, role and fan-in, in the order of `parameters()`; a tied head
+        is an embedding, and an adapter two matrices."""
         roles = {id(layer.weight): (Role.MATRIX, layer.in_features) for layer in self._inner_layers()}
         roles[id(self.head.weight)] = Role.HEAD, self.width
         if self.score is not None:
@@ -170,7 +171,8 @@ class LanguageModel(nn.Module):
         for layer in (self.embedding, self.positions, self.time):
             if layer is not None:
                 roles[id(layer.weight)] = Role.EMBEDDING, 1
-        return [RoleParameter(name, p, *roles.get(id(p), (Role.VECTOR, 1))) for name, p in self.named_parameters()]
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        return [RoleParameter(name, p, *roles.get(id(p), (Role.VECTOR, 1))) for name, p in trained]
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The losses of the parts' own in the last training forward (balance of experts, indexers), by name, each

@@ -7,6 +7,7 @@ from enum import Enum
 from torch import nn
 
 from archs.channels.experts import ExpertLinear
+from archs.low_rank import LowRank
 
 Linear = nn.Linear | ExpertLinear
 
@@ -34,3 +35,16 @@ class RoleParameter:
 def linear_layers(module: nn.Module) -> Iterator[Linear]:
     """Every linear layer inside a module, those of experts included, in the order of registration."""
     return (layer for layer in module.modules() if isinstance(layer, Linear))
+
+
+def products(layer: Linear) -> int:
+    """Multiply-adds of one token in the weight of a linear layer, in those of the top_k where there are experts."""
+    if isinstance(layer, ExpertLinear):
+        return layer.top_k * layer.in_features * layer.out_features
+    return layer.in_features * layer.out_features
+
+
+def adapter_products(module: nn.Module) -> int:
+    """Multiply-adds of one token in the adapters inside a module."""
+    adapters = (a for layer in module.modules() if isinstance(layer, LowRank) for a in (layer.lora_A, layer.lora_B))
+    return sum(map(products, adapters))

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 class ExpertLinear(nn.Module):
     """One linear layer per expert.
 
-    weight: [experts, out_features, in_features]; bias: [experts, out_features] or None.
+    weight: [experts, out_features, in_features]; bias: [experts, out_features] or None. top_k: experts that a token
+    goes through, which costs are counted by.
     """
 
-    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool):
+    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool, top_k: int):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
         self.reset_parameters()

@@ -69,8 +69,8 @@ class MoE(Channel):
         self.router = Router(width, experts=experts, top_k=top_k, bias=bias, **routing)
         hidden = hidden_width(width, expansion and expansion / (top_k + shared), multiple_of, hidden)
         self.activation, self.gated = activation, gated
-        self.gate_up = ExpertLinear(experts, width, 2 * hidden if gated else hidden, bias)
-        self.out_proj = ExpertLinear(experts, hidden, width, bias)
+        self.gate_up = ExpertLinear(experts, width, 2 * hidden if gated else hidden, bias, top_k)
+        self.out_proj = ExpertLinear(experts, hidden, width, bias, top_k)
         self.shared = self.shared_gate = None
         if shared:
             # Several shared experts are one whose hidden layer is theirs side by side.

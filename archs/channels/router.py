@@ -127,9 +127,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Move the choice biases by the loads of the forward passes since the last update, summed over processes."""
+        """Move the choice biases by the loads of the forward passes since the last update, summed over processes; those
+        of a frozen router stay."""
         load_E, self.load_E = self.load_E, None
-        if load_E is None or self.choice_bias is None or self.bias_update_rate is None:
+        frozen = not self.linear.weight.requires_grad
+        if load_E is None or self.choice_bias is None or self.bias_update_rate is None or frozen:
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load_E)

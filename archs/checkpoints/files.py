@@ -78,14 +78,20 @@ def _shards(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: give the folder of a downloaded checkpoint")
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors. Each replaces what was there in one step, so that a file which is still
-    being read stays what it is."""
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config_name: str = CONFIG,
+    weights_name: str = WEIGHTS,
+) -> None:
+    """Write a config and safetensors. Each replaces what was there in one step, so that a file which is still being
+    read stays what it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{WEIGHTS}.tmp"
+    fresh = folder / f"{weights_name}.tmp"
     owned = {name: x.cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     save_file(owned, fresh, metadata={"format": "pt"})
-    fresh.replace(folder / WEIGHTS)
-    fresh = folder / f"{CONFIG}.tmp"
+    fresh.replace(folder / weights_name)
+    fresh = folder / f"{config_name}.tmp"
     fresh.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    fresh.replace(folder / CONFIG)
+    fresh.replace(folder / config_name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from archs.contracts import Mixer
+from archs.low_rank import whole_weight
 from archs.mixers.heads import cut_heads
 from archs.mixers.softmax import attend, positions_of
 from archs.positions import Rotary
@@ -112,9 +113,8 @@ class LatentAttention(Mixer[KVCache]):
 
     def _up(self) -> tuple[Tensor, Tensor]:
         """The expansions of a latent to keys [H, N, R] and to values [H, V, R]."""
-        k_up_HNR, v_up_HVR = self.kv_up.weight.unflatten(0, (self.heads, -1)).split(
-            [self.nope_dim, self.value_dim], dim=1
-        )
+        up_HER = whole_weight(self.kv_up).unflatten(0, (self.heads, -1))
+        k_up_HNR, v_up_HVR = up_HER.split([self.nope_dim, self.value_dim], dim=1)
         return k_up_HNR, v_up_HVR
 
     def output(self, y_BTHE: Tensor, absorbed: bool) -> Tensor:
