@@ -48,8 +48,7 @@ def run_study(name: str, overrides: list[str], tiny: bool, out: Path) -> Verdict
 
         config = whole([])
         study: Study = instantiate(config.study, _convert_="all", _recursive_=False)
-        cells = list(study.cells(of_run))
-    return carry_out(study, cells, config.study, Path(config.session.root), out, config.jobs)
+        return carry_out(study, study.stages(of_run), config.study, Path(config.session.root), out, config.jobs)
 
 
 def main(arguments: list[str]) -> None:

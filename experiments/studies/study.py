@@ -1,14 +1,16 @@
 """Studies: claims tested by runs. The cells, the settings and the rule of the verdict are written before the first run.
 
 A study is one class in one file here and one config in configs/study: cells -> rows -> table -> figure -> verdict. Runs
-and what is measured on them are kept by the run's id, so a study that is started again does only what is missing.
+and what is measured on them are kept by the run's id, so a study that is started again does only what is missing. Where
+runs go on from others, the cells come in stages, and each stage is planned before its own first run.
 """
 
 import hashlib
+import itertools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from rich.progress import track
 
 from experiments.data.token_data import TokenData
 from experiments.findings import Verdict, jsonable, write_json
-from experiments.harness.identity import Run, plain
+from experiments.harness.identity import Run, plain, run_id
 from experiments.harness.origin import code_digest, targets
 from experiments.harness.parts import open_data
 from experiments.harness.run import execute
@@ -31,6 +33,7 @@ Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> the config of a 
 # Columns of the ledger that every table has, behind the labels of the cell and before what is measured.
 KEPT = ("id", "status", "error", "params_total", "flops", "tokens", "steps", "state_bytes", "bits_per_byte")
 KEPT += ("bits_per_byte_se", "bits_per_byte_kind", "train_loss", "train_seconds", "device")
+PLAN = "plan.json"  # in the folder of the runs
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Cell:
 
     labels: dict
     run: Run
+
+
+Stages = Generator[Iterable[Cell], list[Cell], None]
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,24 @@ class Study(ABC):
     source: str
     rule: str
 
-    @abstractmethod
     def cells(self, compose: Compose) -> Iterable[Cell]:
-        """The cells, in the order of the table.
+        """The cells, in the order of the table, of a study whose runs do not depend on each other; others give
+        `stages` in its place.
 
         Raises:
             ValueError: for settings that cannot be run.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither cells nor stages")
+
+    def stages(self, compose: Compose) -> Stages:
+        """Yield the cells of each stage, in the order of the table. What a yield returns are those of its cells that
+        are done, so that runs of the next stage can begin with their weights: `config.init_from = cell.run.id`. One
+        that failed or diverged is left out, and its row says why.
+
+        Raises:
+            ValueError: for settings that cannot be run.
+        """
+        yield self.cells(compose)
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
         """Return what is found on a trained model besides its row in the ledger: one dict per row of the table."""
@@ -74,20 +91,28 @@ class Study(ABC):
         """The rule applied to the table."""
 
 
-def carry_out(study: Study, cells: list[Cell], settings: DictConfig, root: Path, out: Path, jobs: int) -> Verdict:
+def carry_out(study: Study, stages: Stages, settings: DictConfig, root: Path, out: Path, jobs: int) -> Verdict:
     """Run what is missing of a study and write its table.csv, figure.png and verdict.json.
 
     Args:
+        stages: of the study; one is composed when the runs of those before it are finished.
         settings: the study's node of the config, for the plan.
         root: folder of the runs. out: folder of what is written. jobs: runs at a time.
 
     Raises:
         ValueError: when the rule or the settings were changed after runs had begun.
     """
-    written = write_plan(study, cells, settings, root)
-    runs = [cell.run for cell in cells]
-    results = Parallel(n_jobs=jobs, return_as="generator")(delayed(execute)(run) for run in runs)
-    rows = {row["id"]: row for row in track(results, total=len(runs), description="runs")}
+    cells, rows = list(next(stages)), {}
+    written, stage = write_plan(study, cells, settings, root), cells
+    for number in itertools.count(1):
+        results = Parallel(n_jobs=jobs, return_as="generator")(delayed(execute)(cell.run) for cell in stage)
+        rows |= {row["id"]: row for row in track(results, total=len(stage), description="runs")}
+        try:
+            stage = list(stages.send([cell for cell in stage if rows[cell.run.id]["status"] == "done"]))
+        except StopIteration:
+            break
+        extend_plan(stage, number, root)
+        cells += stage
     open_once: dict[str, TokenData] = {}
     table = pd.DataFrame(
         line
@@ -103,18 +128,18 @@ def carry_out(study: Study, cells: list[Cell], settings: DictConfig, root: Path,
     write_json(
         out / "verdict.json",
         {"claim": study.claim, "source": study.source, "planned": written, "verdict": verdict}
-        | {"runs": len(runs), "run_seconds": round(spent), "devices": devices},
+        | {"runs": len(cells), "run_seconds": round(spent), "devices": devices},
     )
     return verdict
 
 
 def write_plan(study: Study, cells: list[Cell], settings: DictConfig, root: Path) -> str:
-    """Write <root>/plan.json, once; return when that was.
+    """Write <root>/plan.json, once, with the cells of the first stage; return when that was.
 
     Raises:
         ValueError: when another plan lies there and runs of it have begun.
     """
-    path = root / "plan.json"
+    path = root / PLAN
     plan = {
         "claim": study.claim,
         "rule": study.rule,
@@ -125,17 +150,47 @@ def write_plan(study: Study, cells: list[Cell], settings: DictConfig, root: Path
     if path.exists():
         old = json.loads(path.read_text())
         written = old.pop("written")
-        if old == plan:
+        if {key: old.get(key) for key in plan} == plan:
             return written
         if (root / "ledger.jsonl").exists():
-            changed = ", ".join(key for key in plan if old.get(key) != plan[key])
-            raise ValueError(
-                f"{path} was written before the runs in that folder, and {changed} differ now: a rule is not changed "
-                "after the runs; go back to the plan, or give the study another folder with session.root=..."
-            )
+            raise changed(path, ", ".join(key for key in plan if old.get(key) != plan[key]))
     written = time.strftime("%FT%T%z")
     write_json(path, {"written": written} | plan)
     return written
+
+
+def extend_plan(cells: list[Cell], stage: int, root: Path) -> None:
+    """Add the cells of a later stage, 1 or above, to <root>/plan.json before they are run. Their ids there are those of
+    their configs without the weights that they begin with: these may be made again, and the plan stays what it was.
+
+    Raises:
+        ValueError: when a cell of these labels was planned otherwise.
+    """
+    path = root / PLAN
+    plan = json.loads(path.read_text())
+    later = plan.setdefault("later", [])
+    if len(later) < stage:
+        later.append({"written": time.strftime("%FT%T%z"), "cells": []})
+    planned = later[stage - 1]["cells"]
+    for cell in cells:
+        config = cell.run.config.copy()
+        config.init_from = None
+        identity = run_id(config)
+        entry = jsonable(cell.labels | {"id": identity})
+        if entry in planned:
+            continue
+        if any(entry == known | {"id": identity} for known in planned):
+            raise changed(path, f"the settings of {cell.labels}")
+        planned.append(entry)  # also where what it goes on from had failed before
+    write_json(path, plan)
+
+
+def changed(path: Path, what: str) -> ValueError:
+    """The refusal of what differs from a plan whose runs have begun."""
+    return ValueError(
+        f"{path} was written before the runs in that folder, and {what} differ now: a rule is not changed "
+        "after the runs; go back to the plan, or give the study another folder with session.root=..."
+    )
 
 
 def rows_of(
@@ -144,6 +199,8 @@ def rows_of(
     """The lines of the table that come of one cell; what is measured is kept in the run's folder."""
     row = rows[cell.run.id]
     line = cell.labels | {column: row[column] for column in KEPT}
+    if before := flops_before(row, rows):
+        line["flops_before"] = before
     if row["status"] != "done":
         return [line]
     code = code_digest({}, type(study).__module__)
@@ -156,3 +213,9 @@ def rows_of(
         own = {target.partition(".")[0] for target in targets(plain(cell.run.config))}
         write_json(kept, study.measure(cell, load_run(cell.run.folder, open_once[data_settings], own)))
     return [line | found for found in json.loads(kept.read_text())]
+
+
+def flops_before(row: dict, rows: dict[str, dict]) -> float:
+    """Training FLOPs of all runs, among these rows by id, that the weights were made by which a run began with."""
+    earlier = rows.get((row["init_from"] or "").partition("-")[0])
+    return 0.0 if earlier is None else earlier["flops"] + flops_before(earlier, rows)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 
 import pandas as pd
 import pytest
@@ -11,8 +12,10 @@ from omegaconf import OmegaConf
 from experiments import study as command
 from experiments.findings import Estimate, StudyOutcome, Verdict, write_json
 from experiments.harness import training
+from experiments.harness.identity import run_of
+from experiments.harness.run import execute
 from experiments.studies.index import listing, write_index
-from experiments.studies.study import Study, carry_out
+from experiments.studies.study import Cell, Study, carry_out
 
 NAMES = command.names()
 
@@ -56,15 +59,109 @@ class Coin(Study):
 def test_a_rule_can_be_changed_before_the_runs_and_not_after(tmp_path, begun):
     settings, root = OmegaConf.create({}), tmp_path / "runs"
     first = Coin("A coin is fair.", "nobody", "as it falls")
-    carry_out(first, first.cells(None), settings, root, tmp_path / "out", 1)
+    carry_out(first, first.stages(None), settings, root, tmp_path / "out", 1)
     if begun:
         (root / "ledger.jsonl").write_text("")
     other = Coin("A coin is fair.", "nobody", "as I like it")
     if begun:
         with pytest.raises(ValueError, match="rule differ now: a rule is not changed after the runs"):
-            carry_out(other, other.cells(None), settings, root, tmp_path / "out", 1)
+            carry_out(other, other.stages(None), settings, root, tmp_path / "out", 1)
     else:
-        carry_out(other, other.cells(None), settings, root, tmp_path / "out", 1)
+        carry_out(other, other.stages(None), settings, root, tmp_path / "out", 1)
+
+
+DATA = (
+    "data=associative_recall", "data.sequence_length=16", "data.tokens.vocab_size=16", "data.tokens.pairs=[1]",
+    "data.tokens.train_sequences=200", "data.tokens.heldout_sequences=8", "optim.weight_decay=0", "budget.flops=2e7",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Relay(Study):
+    """Runs of two seeds, each of which another goes on from, and a third from that one."""
+
+    later_rate: float = 0.01
+
+    def stages(self, compose):
+        done = yield [Cell({"leg": 0, "seed": seed}, run_of(compose([f"seed={seed}"]))) for seed in (0, 1)]
+        for leg in (1, 2):
+            cells = []
+            for cell in done:
+                more = [f"seed={cell.labels['seed']}", f"init_from={cell.run.id}"]
+                config = compose([*more, f"optim.learning_rate={self.later_rate}"])
+                cells.append(Cell(cell.labels | {"leg": leg}, run_of(config)))
+            done = yield cells
+
+    def figure(self, table):
+        return Figure()
+
+    def verdict(self, table):
+        return Verdict("holds", f"{len(table)} legs.", None, self.rule)
+
+
+@pytest.fixture
+def relay(make_config, tmp_path):
+    """Returns settings of the study -> what carrying it out returns, in one folder."""
+
+    def carry(**settings):
+        study = Relay("A relay is run.", "nobody", "by its legs", **settings)
+        stages = study.stages(lambda overrides: make_config(*DATA, *overrides))
+        return carry_out(study, stages, OmegaConf.create({}), tmp_path / "runs", tmp_path / "out", 1)
+
+    return carry
+
+
+def read_plan(tmp_path):
+    return json.loads((tmp_path / "runs" / "plan.json").read_text())
+
+
+@pytest.mark.thorough
+def test_runs_of_a_stage_go_on_from_those_of_the_one_before(relay, tmp_path):
+    assert relay().sentence == "6 legs."
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table.leg.tolist() == [0, 0, 1, 1, 2, 2] and set(table.status) == {"done"}
+    assert table.flops_before.fillna(0).tolist() == pytest.approx((table.leg * table.flops).tolist(), rel=1e-5)
+    for i in range(2, 6):
+        config = OmegaConf.load(tmp_path / "runs" / "cells" / table.id[i] / "config.yaml")
+        assert config.init_from.partition("-")[0] == table.id[i - 2]
+
+
+@pytest.mark.thorough
+def test_the_plan_has_each_stage_before_its_first_run_and_none_is_changed_after_it(relay, tmp_path, monkeypatch):
+    planned = []
+
+    def noted(run):
+        planned.append(json.dumps(read_plan(tmp_path)))
+        return execute(run)
+
+    monkeypatch.setattr("experiments.studies.study.execute", noted)
+    relay()
+    assert [text.count('"leg": 0') for text in planned] == [2] * 6
+    assert [text.count('"leg": 1') for text in planned] == [0, 0, 2, 2, 2, 2]
+    assert [text.count('"leg": 2') for text in planned] == [0, 0, 0, 0, 2, 2]
+    before = read_plan(tmp_path)
+    relay()
+    assert read_plan(tmp_path) == before
+    with pytest.raises(ValueError, match="the settings of {'leg': 1, 'seed': 0} differ now: a rule is not changed"):
+        relay(later_rate=0.02)
+
+
+@pytest.mark.thorough
+def test_nothing_goes_on_from_a_run_that_failed_until_it_is_done(relay, tmp_path, monkeypatch):
+    train = training._train
+
+    def broken(run, *rest):
+        if run.config.seed == 1:
+            raise RuntimeError("out of memory")
+        return train(run, *rest)
+
+    monkeypatch.setattr(training, "_train", broken)
+    relay()
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table.leg.tolist() == [0, 0, 1, 2] and table.status.tolist() == ["done", "failed", "done", "done"]
+    monkeypatch.setattr(training, "_train", train)
+    assert relay().sentence == "6 legs."
+    assert [len(stage["cells"]) for stage in read_plan(tmp_path)["later"]] == [2, 2]
 
 
 @pytest.mark.thorough
