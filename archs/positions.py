@@ -1,4 +1,5 @@
-"""Position encodings. An attention mixer takes one of them, or none.
+"""Position encodings. An attention mixer takes one of them, or none. Nothing here is a weight: a model that is trained
+with one rotary setting can go on with another, which is how its context is extended.
 
 Shape letters: B sequences, T queries, S keys, H heads, D dimensions.
 """
@@ -16,8 +17,31 @@ class Linear:
 
     factor: float
 
+    def __post_init__(self):
+        _check_factor(self.factor)
+
     def __call__(self, frequency_D: Tensor, base: float) -> tuple[Tensor, float]:
         return frequency_D / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class NTK:
+    """NTK-aware: the base times factor^(D / (D - 2)) for D rotated dimensions, so that the slowest is stretched by
+    `factor` and the fastest not at all (bloc97, 2023, as in Peng et al., arXiv 2309.00071, section 3.1)."""
+
+    factor: float
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+
+    def __call__(self, frequency_D: Tensor, base: float) -> tuple[Tensor, float]:
+        half = len(frequency_D)
+        if half < 2:
+            raise ValueError(
+                "NTK-aware rotary positions need at least 4 rotated dimensions: raise head_dim or fraction"
+            )
+        exponent_D = torch.arange(half, device=frequency_D.device, dtype=torch.float32) / (half - 1)
+        return frequency_D * self.factor**-exponent_D, 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,15 @@ class Yarn:
     magnitude: float | None = None
     truncate: bool = True
 
+    def __post_init__(self):
+        _check_factor(self.factor)
+        if self.original_length < 1:
+            raise ValueError(f"original_length={self.original_length} must be the tokens of training before, 1 or more")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"beta_slow={self.beta_slow} and beta_fast={self.beta_fast} must be above 0, the slow below the fast"
+            )
+
     def __call__(self, frequency_D: Tensor, base: float) -> tuple[Tensor, float]:
         half = len(frequency_D)
 
@@ -73,22 +106,25 @@ class Rotary:
     """Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864, section 3.4).
 
     Args:
-        base: theta, 10000 in the paper.
+        base: theta, 10000 in the paper; a larger one reaches further (ABF: Xiong et al., arXiv 2309.16039).
         fraction: fraction of each head's dimensions that are rotated, the first ones.
         layout: which two dimensions are rotated together: "halves" (i and i + half, as in Llama and its descendants) or
             "interleaved" (2i and 2i + 1, as in the paper). A model trained with one is useless with the other.
-        scaling: how the frequencies change for lengths beyond those of training (Linear, Llama3, Yarn), or None.
+        scaling: how the frequencies change for lengths beyond those of training (Linear, NTK, Llama3, Yarn), or None.
 
     Raises:
-        ValueError: for a layout or fraction that does not exist; when called, for an odd number of rotated dimensions.
+        ValueError: for a base, layout or fraction that does not exist; when called, for an odd number of rotated
+            dimensions.
     """
 
     base: float = 10000.0
     fraction: float = 1.0
     layout: str = "halves"
-    scaling: Linear | Llama3 | Yarn | None = None
+    scaling: Linear | NTK | Llama3 | Yarn | None = None
 
     def __post_init__(self):
+        if not self.base > 1:
+            raise ValueError(f"rotary base {self.base} must be above 1")
         if self.layout not in ("halves", "interleaved"):
             raise ValueError(f"rotary layout {self.layout!r} must be 'halves' or 'interleaved'")
         if not 0 < self.fraction <= 1:
@@ -129,3 +165,8 @@ class Alibi:
         """Biases [heads, T, S], float32, of distances t - s [T, S]."""
         slopes_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=distance_TS.device) / heads)
         return -slopes_H[:, None, None] * distance_TS.abs()
+
+
+def _check_factor(factor: float) -> None:
+    if not factor >= 1:
+        raise ValueError(f"factor={factor} must be at least 1: the length wanted over that of training before")

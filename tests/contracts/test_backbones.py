@@ -1,6 +1,8 @@
 """The duties of every backbone of configs/arch as a whole model: decoding, causality, packing, cost, a first loss."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from archs.costs import costs
 from archs.language_model import LanguageModel
 from archs.parameters import Role
+from archs.positions import Rotary, Yarn
 from archs.visibility import BIDIRECTIONAL, CAUSAL, Kind, block_causal
 from experiments.anatomy import anatomy
+from experiments.harness.weights import begin_from, save_weights
 from tests.contracts.discovery import LENGTH, VOCABULARY, composed, names, shaken
 
 ARCHS = names("arch")
@@ -53,6 +57,51 @@ def test_a_prompt_and_then_token_by_token_equals_one_pass(name):
         hidden, states = model.extend(piece, states)
         got.append(model.logits(hidden))
     torch.testing.assert_close(torch.cat(got, 1), model(x), rtol=1e-8, atol=1e-8)
+
+
+def stretch(node, scaling: dict) -> int:
+    """Give every rotary position of a config this scaling; return how many there are."""
+    found = 0
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
+        found += stretch(child, scaling)
+    if isinstance(node, dict) and node.get("_target_") == "archs.positions.Rotary":
+        node["scaling"] = scaling
+        found += 1
+    return found
+
+
+@every
+@torch.no_grad()
+def test_weights_go_on_under_the_rotary_positions_of_the_new_config(name, tmp_path):
+    source, x = build(name), tokens(2)
+    save_weights(source, tmp_path / "model.safetensors")
+    arch = OmegaConf.to_container(composed(f"arch={name}").arch, resolve=True)
+    arch["model"]["mixers"] = used(arch["model"])
+    yarn = {"_target_": "archs.positions.Yarn", "factor": 4.0, "original_length": 8}
+    rotary = stretch(arch["model"], yarn)
+    model = instantiate(arch["model"], vocab_size=VOCABULARY).double().eval()
+    begin_from(model, tmp_path)
+
+    expected = deepcopy(source)
+    for module in expected.modules():
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, Rotary):
+                setattr(module, attribute, replace(value, scaling=Yarn(4.0, 8)))
+    torch.testing.assert_close(model(x), expected(x))
+    assert ((model(x) - source(x)).abs().max() > 1e-3) == (rotary > 0)
+
+
+def used(model: dict) -> dict:
+    """The mixers of a model that stand in its pattern."""
+    entries = "+".join([*model.get("first", []), *model["pattern"]]).split("+")
+    return {mixer: part for mixer, part in model["mixers"].items() if mixer in entries}
+
+
+def test_learned_positions_do_not_reach_further_than_they_were_learned(tmp_path):
+    save_weights(plain("gpt2"), tmp_path / "model.safetensors")
+    longer = instantiate(composed("arch=gpt2", f"data.sequence_length={2 * LENGTH}").arch.model, vocab_size=VOCABULARY)
+    with pytest.raises(ValueError, match=rf"positions.weight is \[{LENGTH}, 32\] there and \[{2 * LENGTH}, 32\] here"):
+        begin_from(longer, tmp_path)
 
 
 @pytest.mark.thorough
