@@ -10,7 +10,7 @@ from experiments.harness.identity import plain
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml") if path.stem != "base")
-MISSING = {"text_files": "data.path", "token_bins": "data.tokens.train"}
+MISSING = {"text_files": "data.path", "mixture": "data.path", "token_bins": "data.tokens.train"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,15 @@ def test_text_files_are_named_and_read_from_the_command_line(tmp_path):
     config = composed("text_files", f"data.path=['{tmp_path}/*.txt']", "data.name=mine")
     data = instantiate(config.tokens)
     assert data.name == "mine/bytes" and data.heldout_bytes == 65536
+
+
+@pytest.mark.thorough
+def test_text_of_your_own_is_mixed_with_the_standard_library(tmp_path):
+    (tmp_path / "my.txt").write_text("".join(f"line number {i}\n" for i in range(50_000)))
+    data = instantiate(composed("mixture", f"data.path={tmp_path}/my.txt").tokens)
+    assert data.name == "mixture(own/bytes 0.5, python_stdlib/bytes 0.5)" and data.heldout_bytes == 65536
+    ours = ["line number" in data.decode(data.train[i : i + 128]) for i in range(0, 128 * 2000, 128)]
+    assert 0.45 < np.mean(ours) < 0.55
 
 
 def test_token_bins_are_named_and_read_from_the_command_line(tmp_path):
