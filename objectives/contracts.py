@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
+from archs.adapters import training_flops
 from archs.contracts import State
 from archs.language_model import LanguageModel
 from archs.visibility import Visibility
@@ -199,9 +200,9 @@ class Objective(ABC):
         """Forward FLOPs of training on one document of T tokens, a fraction `counted` of which are predicted."""
 
     def training_flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
-        """FLOPs of one step of training on one document, as `flops` but forward, backward and all: each matrix product
-        is run once forward and twice backward."""
-        return 3 * self.flops(model, T, counted)
+        """FLOPs of training on one document, as `flops` but forward, backward and all: each matrix product is run once
+        forward and twice backward, but once where its weights are frozen."""
+        return training_flops(model, lambda m: self.flops(m, T, counted))
 
     def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:
         """Take what is to be remembered of the model before its first step; return the models that stand still beside

@@ -14,7 +14,7 @@ from experiments.data.windows import check_enough, document_lengths
 from experiments.harness.budget import Allocation, allocate
 from experiments.harness.identity import Run
 from experiments.harness.optimisers import Optimiser
-from experiments.harness.parts import build, build_model, build_objective
+from experiments.harness.parts import build, build_adapter, build_model, build_objective
 from experiments.harness.schedules import Schedule
 from experiments.harness.trainer import Trainer
 from experiments.harness.weights import load_trained
@@ -74,6 +74,8 @@ def measure(config: DictConfig, data: TokenData, others: Mapping[str, Path] = Ma
     T = config.data.sequence_length
     with torch.device("meta"):
         model = build_model(config, objective)
+        if adapter := build_adapter(config):
+            adapter.adapt(model)
     try:
         objective.check(model, T)
     except ValueError as error:

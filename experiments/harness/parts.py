@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from experiments.data.token_data import TokenData
 
 if TYPE_CHECKING:
+    from archs.adapters import LoRA
     from archs.language_model import LanguageModel
     from objectives.contracts import Objective
     from objectives.post_training.tuning import Trained
@@ -63,6 +64,11 @@ def build_base(node: DictConfig, data: TokenData) -> Objective:
     while "base" in node:
         node = node.base
     return build(node.build, vocab_size=data.vocab_size, eot=data.eot)
+
+
+def build_adapter(config: DictConfig) -> LoRA | None:
+    """Return the adapters that are trained in the model's place, None where there are none."""
+    return build(config.adapter) if config.get("adapter") else None
 
 
 def build_model(config: DictConfig, objective: Objective) -> LanguageModel:

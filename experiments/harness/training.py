@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
+from archs.adapters import merge
+from archs.checkpoints.adapter import save
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.harness import checkpoints, hardware
@@ -24,7 +26,7 @@ from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
 from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
-from experiments.harness.parts import build_model
+from experiments.harness.parts import build_adapter, build_model
 from experiments.harness.progress_bar import ProgressBar
 from experiments.harness.tasks import score
 from experiments.harness.telemetry import Diverged, Telemetry
@@ -141,6 +143,9 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     model = build_model(config, measured.objective)
     if run.init_from is not None:
         begin_from(model, run.init_from)
+    adapter = build_adapter(config)
+    if adapter:
+        adapter.adapt(model)
     if prepared.compiled:
         model.hidden = torch.compile(model.hidden)
     module = TrainingModule(
@@ -175,6 +180,9 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         {"heldout_bits_per_byte": module.bits_per_byte},
     )
     np.save(folder / "heldout_nats.npy", module.heldout_nats)
+    if adapter:
+        save(model, folder / "adapter")
+        merge(model)
     save_weights(model, folder / "model.safetensors")
     checkpoints.remove(folder)
     speed = allocation.tokens / telemetry.train_seconds

@@ -44,7 +44,7 @@ def test_a_value_that_cannot_be_is_named_with_what_is_allowed(make_config, overr
     assert str(raised.value).startswith(words) and "\n" not in str(raised.value)
 
 
-GROUPS = ("arch", "objective", "optim", "schedule", "trainer")
+GROUPS = ("arch", "objective", "optim", "schedule", "trainer", "adapter")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted(Path(CONFIGS, group).glob("*.yaml"))]
 
 
