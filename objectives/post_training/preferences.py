@@ -97,7 +97,8 @@ class Preferences(Tuning):
         score_B = self.log_likelihood(model, batch, seed)
         if self.reference is not None:
             with torch.no_grad():
-                score_B = score_B - self.log_likelihood(self.reference, batch, seed)
+                reference_B = self.log_likelihood(self.reference, batch, seed)
+            score_B = score_B - reference_B
         if self.form != "dpo":
             score_B = score_B / batch.counted_BT.sum(1)
         chosen_P, rejected_P = score_B[0::2], score_B[1::2]

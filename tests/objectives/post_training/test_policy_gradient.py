@@ -1,12 +1,24 @@
 """Policy gradients on a language of which everything can be enumerated: the expected gradient of each choice against
 that of the expected reward."""
 
-import itertools
-
 import pytest
 import torch
 
 from archs.visibility import CAUSAL
+from experiments.enumeration import (
+    END,
+    SEQUENCES,
+    START,
+    Table,
+    V,
+    answers,
+    cosine,
+    generator,
+    gradient,
+    group_gradient,
+    log_probs,
+    rewards,
+)
 from objectives.contracts import Batch
 from objectives.decoding.draws import Draw
 from objectives.next_token import NextToken
@@ -14,58 +26,19 @@ from objectives.post_training.divergences import kl, kl_estimate
 from objectives.post_training.policy_gradient import Correction, KLPenalty, PolicyGradient
 from objectives.post_training.sampled_likelihood import Exact, Trajectory
 from objectives.post_training.surrogates import Clipped, ClippedWeight, Soft
-from tests.objectives.post_training.tables import (
-    END,
-    SEQUENCES,
-    START,
-    Table,
-    V,
-    cosine,
-    generator,
-    gradient,
-    rewards,
-)
 
 BASE = NextToken(vocab_size=V, eot=START)
 REWARD = None  # rewards are given with what was written
 SURROGATES = [Clipped(), Clipped(most=3.0), ClippedWeight(), Soft()]
 
 
-def answers(ending):
-    """All sequences, and which of their tokens count: all, or those up to the first end; each sequence once."""
-    if not ending:
-        return SEQUENCES, torch.ones_like(SEQUENCES, dtype=torch.bool)
-    before = ((SEQUENCES == END).cumsum(1) - (SEQUENCES == END).long()) == 0
-    cut = SEQUENCES.masked_fill(~before, 0)
-    tokens, index = torch.unique(cut * before - (~before).long(), dim=0, return_inverse=True)
-    counted = tokens >= 0
-    return tokens.clamp(min=0), counted
-
-
-def log_probs(model, tokens, counted):
-    batch = Batch(tokens, counted.double())
-    return -BASE.nats(model, batch, generator()).sum(1)
-
-
 def build(**options):
     return PolicyGradient(BASE, END, REWARD, Exact(), **{"group": 2} | options)
 
 
-def expected_gradient(objective, model, tokens, counted, reward, likelihood=None):
-    """Of the loss, over all groups of two that the policy may write."""
-    p = log_probs(model, tokens, counted).exp().detach()
-    pairs = torch.tensor(list(itertools.product(range(len(tokens)), repeat=2)))
-    weight = p[pairs].prod(1) * len(pairs)
-    advantage = objective.advantages(reward[pairs]) * weight[:, None]
-    rows = pairs.flatten()
-    extras = {"advantage": advantage.flatten(), "order": torch.zeros_like(tokens[rows]), "seed": torch.zeros_like(rows)}
-    batch = Batch(tokens[rows], counted[rows].double(), extras=extras)
-    return gradient(objective.loss(model, batch, generator()), model)
-
-
 def truth(model, tokens, counted, reward):
     """The gradient of the expected reward."""
-    return gradient((log_probs(model, tokens, counted).exp() * reward).sum(), model)
+    return gradient((log_probs(BASE, model, tokens, counted).exp() * reward).sum(), model)
 
 
 @pytest.mark.parametrize("ending", [False, True])
@@ -78,13 +51,13 @@ def test_without_scale_and_by_sequences_the_expected_gradient_is_that_of_the_exp
     model, (tokens, counted) = Table(causal=True), answers(ending)
     reward = rewards(len(tokens))
     objective = build(baseline=baseline, surrogate=surrogate)
-    got = expected_gradient(objective, model, tokens, counted, reward)
-    torch.testing.assert_close(-got, factor * truth(model, tokens, counted, reward), rtol=1e-10, atol=1e-12)
+    got = group_gradient(objective, model, tokens, counted, reward)
+    torch.testing.assert_close(got, factor * truth(model, tokens, counted, reward), rtol=1e-10, atol=1e-12)
 
 
 def test_answers_of_all_lengths_are_the_whole_language():
     model, (tokens, counted) = Table(causal=True), answers(True)
-    assert log_probs(model, tokens, counted).exp().sum().item() == pytest.approx(1.0)
+    assert log_probs(BASE, model, tokens, counted).exp().sum().item() == pytest.approx(1.0)
     assert len(tokens) == 2**3 + 4 + 2 + 1 and set(counted.sum(1).tolist()) == {1, 2, 3}
 
 
@@ -100,7 +73,7 @@ def test_what_is_biased_is_off_by_an_angle(options, ending, least, most):
     model, (tokens, counted) = Table(causal=True), answers(ending)
     reward = rewards(len(tokens))
     got = cosine(
-        -expected_gradient(build(**options), model, tokens, counted, reward), truth(model, tokens, counted, reward)
+        group_gradient(build(**options), model, tokens, counted, reward), truth(model, tokens, counted, reward)
     )
     assert least - 1e-9 <= got <= most + 1e-9
 
@@ -166,8 +139,8 @@ KL_GRADIENTS = {  # what each estimator's gradient is in expectation, in the los
 @pytest.mark.parametrize(("estimator", "place"), list(KL_GRADIENTS))
 def test_each_estimator_of_a_divergence_has_the_gradient_that_is_said_of_it(estimator, place):
     model, reference = Table(causal=True), Table(causal=True, seed=5)
-    log_ref = log_probs(reference, SEQUENCES, SEQUENCES >= 0).detach()
-    log_p = log_probs(model, SEQUENCES, SEQUENCES >= 0)
+    log_ref = log_probs(BASE, reference, SEQUENCES, SEQUENCES >= 0).detach()
+    log_p = log_probs(BASE, model, SEQUENCES, SEQUENCES >= 0)
     p, ref = log_p.exp(), log_ref.exp()
     estimates = kl_estimate(log_p, log_ref, estimator)
     if place == "loss":
@@ -184,7 +157,7 @@ def test_each_estimator_of_a_divergence_has_the_gradient_that_is_said_of_it(esti
 
 
 def test_the_values_of_the_divergence_estimators_are_unbiased_or_not_as_is_said():
-    log_p, log_ref = (log_probs(Table(causal=True, seed=s), SEQUENCES, SEQUENCES >= 0).detach() for s in (0, 5))
+    log_p, log_ref = (log_probs(BASE, Table(causal=True, seed=s), SEQUENCES, SEQUENCES >= 0).detach() for s in (0, 5))
     true = (log_p.exp() * (log_p - log_ref)).sum().item()
     mean = {k: (log_p.exp() * kl_estimate(log_p, log_ref, k)).sum().item() for k in ("k1", "k2", "k3")}
     assert mean["k1"] == pytest.approx(true) == mean["k3"] and abs(mean["k2"] - true) > 1e-2
@@ -194,7 +167,7 @@ def test_the_values_of_the_divergence_estimators_are_unbiased_or_not_as_is_said(
 def test_a_penalty_in_the_loss_has_the_gradient_of_the_divergence_of_each_next_token():
     model, reference = Table(causal=True), Table(causal=True, seed=5)
     objective = build(kl=KLPenalty(0.5, "k2", "loss"), baseline="none", group=1)
-    p = log_probs(model, SEQUENCES, SEQUENCES >= 0).exp().detach()
+    p = log_probs(BASE, model, SEQUENCES, SEQUENCES >= 0).exp().detach()
     reading = -BASE.nats(reference, Batch.of(SEQUENCES), generator()).detach()
     many = torch.multinomial(p, 4000, replacement=True, generator=generator())
     batch = written(model, SEQUENCES[many], torch.zeros(4000).double(), reference=reading[many])
