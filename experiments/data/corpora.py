@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, files, or a data set of the Hugging Face hub."""
+"""Where documents and rows come from: the standard library, files, or a data set of the Hugging Face hub."""
 
 import bz2
 import gzip
@@ -7,14 +7,15 @@ import json
 import lzma
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.data.token_data import character_boundary
 
 PLAIN = (".txt", ".md", ".jsonl")
+TABLES = (".jsonl", ".parquet")
 KINDS = (*PLAIN, ".parquet")
 BLOCK = 1 << 20  # bytes
 
@@ -27,7 +28,24 @@ def open_zstandard(path: Path, mode: str) -> io.BufferedReader:
 
 
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
-READABLE = ".txt, .md and .jsonl (each also with .gz, .bz2, .xz or .zst), and .parquet"
+READABLE: dict[tuple[str, ...], str] = {
+    KINDS: ".txt, .md and .jsonl (each also with .gz, .bz2, .xz or .zst), and .parquet",
+    TABLES: ".jsonl (also with .gz, .bz2, .xz or .zst) and .parquet",
+}
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its fields
+
+
+class Table(Protocol):
+    """Where rows come from."""
+
+    name: str
+
+    def rows(self, fields: Sequence[str]) -> Iterator[Row]:
+        """The rows, in any order, with at least these fields.
+
+        Raises:
+            ValueError: one cannot be read, or lacks a field; the message says where it stands.
+        """
 
 
 class PythonStdlib:
@@ -71,7 +89,7 @@ class TextFiles:
 
     Args:
         globs: one or more files, folders (all in them that can be read) or patterns, ** for any depth.
-        field: the JSON field or parquet column with the text.
+        field: the JSON field or parquet column with the text of documents.
         max_document_bytes: None for a 512th of all files, from 1024 to 65536, so that one small file gives enough.
         name: for reports and the cache.
     """
@@ -88,7 +106,7 @@ class TextFiles:
         self.globs = [globs] if isinstance(globs, str) else list(globs)
         self.field, self.max_document_bytes, self.name = field, max_document_bytes, name
 
-    def files(self) -> list[Path]:
+    def files(self, kinds: tuple[str, ...] = KINDS) -> list[Path]:
         """
         Raises:
             ValueError: a pattern matches no file, or a file is of no kind that can be read.
@@ -97,13 +115,13 @@ class TextFiles:
         for pattern in self.globs:
             matches = matching_files(pattern)
             if Path(pattern).expanduser().is_dir():
-                matches = [path for path in matching_files(f"{pattern}/**/*") if kind(path) in KINDS]
+                matches = [path for path in matching_files(f"{pattern}/**/*") if kind(path) in kinds]
             if not matches:
                 raise ValueError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
             found.update(matches)
         for path in found:
-            if kind(path) not in KINDS:
-                raise ValueError(f"cannot read {path}: the kinds of files are {READABLE}")
+            if kind(path) not in kinds:
+                raise ValueError(f"cannot read {path}: the kinds of files are {READABLE[kinds]}")
         return sorted(found)
 
     def fingerprint(self) -> str:
@@ -116,40 +134,15 @@ class TextFiles:
         """
         files = self.files()
         limit = self.max_document_bytes or min(65536, max(1024, sum(path.stat().st_size for path in files) // 512))
-        readers = {".jsonl": self._jsonl, ".parquet": self._parquet}
         for path in files:
-            rows = readers.get(kind(path))
-            yield from rows(path) if rows else cut(blocks(path), limit)
+            if kind(path) in TABLES:
+                yield from texts(rows_of(path, [self.field]), self.field)
+            else:
+                yield from cut(blocks(path), limit)
 
-    def _jsonl(self, path: Path) -> Iterator[bytes]:
-        for number, line in enumerate(lines(path), 1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object but {type(row).__name__}")
-            if self.field not in row:
-                raise ValueError(f"{path}, line {number} has no field {self.field!r}; its fields are {sorted(row)}")
-            yield text_bytes(row[self.field], f"{path}, line {number}, field {self.field!r}")
-
-    def _parquet(self, path: Path) -> Iterator[bytes]:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(path) as file:
-                if self.field not in (columns := file.schema_arrow.names):
-                    raise ValueError(f"{path} has no column {self.field!r}; its columns are {sorted(columns)}")
-                number = 0
-                for batch in file.iter_batches(columns=[self.field]):
-                    for text in batch.column(0).to_pylist():
-                        number += 1
-                        yield text_bytes(text, f"{path}, row {number}, column {self.field!r}")
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
+    def rows(self, fields: Sequence[str]) -> Iterator[Row]:
+        for path in self.files(TABLES):
+            yield from rows_of(path, fields)
 
 
 class HuggingFace:
@@ -160,8 +153,8 @@ class HuggingFace:
 
     Args:
         path, config, split, revision, data_files: as in `datasets.load_dataset`, where config is called name.
-        field: the column with the text.
-        max_bytes: stop before the first document that would pass it; null reads everything.
+        field: the column with the text of documents.
+        max_bytes: of text; stop before the first document that would pass it; null reads everything.
     """
 
     def __init__(
@@ -188,15 +181,17 @@ class HuggingFace:
         Raises:
             ValueError: no such column, or a value that is not text.
         """
+        return texts(self.rows([self.field]), self.field)
+
+    def rows(self, fields: Sequence[str]) -> Iterator[Row]:
         size = 0
         for number, row in enumerate(self._rows(), 1):
-            if self.field not in row:
-                raise ValueError(f"{self.name}, row {number} has no field {self.field!r}; its fields are {sorted(row)}")
-            document = text_bytes(row[self.field], f"{self.name}, row {number}, field {self.field!r}")
-            size += len(document)
+            where = f"{self.name}, row {number}"
+            require(fields, row, where)
+            size += sum(text_size(row[field]) for field in fields)
             if self.max_bytes is not None and size > self.max_bytes:
                 return
-            yield document
+            yield where, row
 
     def _rows(self) -> Iterator[dict]:
         from datasets import load_dataset
@@ -210,6 +205,65 @@ class HuggingFace:
                 f"data set {path} cannot be read ({said}): it needs the network the first time; check "
                 "data.tokens.corpus, or take text of your own with data=text_files data.path=..."
             ) from error
+
+
+def rows_of(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    """The rows of a .jsonl or .parquet file.
+
+    Raises:
+        ValueError: it cannot be read, or a row lacks a field; the message names the file and the line.
+    """
+    return _parquet(path, fields) if kind(path) == ".parquet" else _jsonl(path, fields)
+
+
+def _jsonl(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines(path), 1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not a JSON object but {type(row).__name__}")
+        require(fields, row, where)
+        yield where, row
+
+
+def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            for field in fields:
+                if field not in columns:
+                    raise ValueError(f"{path} has no column {field!r}; its columns are {sorted(columns)}")
+            number = 0
+            for batch in file.iter_batches(columns=list(fields)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def require(fields: Sequence[str], row: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: the row has no such field.
+    """
+    for field in fields:
+        if field not in row:
+            raise ValueError(f"{where} has no field {field!r}; its fields are {sorted(row)}")
+
+
+def texts(rows: Iterable[Row], field: str) -> Iterator[bytes]:
+    """The text of one field of each row."""
+    for where, row in rows:
+        yield text_bytes(row[field], f"{where}, field {field!r}")
 
 
 def cut(text: Iterable[bytes], limit: int) -> Iterator[bytes]:
@@ -259,6 +313,14 @@ def text_bytes(text: object, where: str) -> bytes:
     if not isinstance(text, str):
         raise ValueError(f"{where} must be a string and is {type(text).__name__}")
     return text.encode(errors="surrogatepass")
+
+
+def text_size(value: object) -> int:
+    """Bytes of all strings in a value as JSON has them."""
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return sum(map(text_size, parts))
 
 
 def matching_files(pattern: str) -> list[Path]:

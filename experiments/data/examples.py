@@ -4,7 +4,10 @@ Shape letters: N windows, T tokens, V ids.
 """
 
 import hashlib
+import logging
 import math
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +16,7 @@ import numpy as np
 from experiments.data.environments.contracts import Environment
 from experiments.data.token_data import TokenData, token_dtype
 
-PADDING = 0  # the NUL byte, in the vocabulary of bytes and in those made here
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ByteVocabulary:
-    """One id per byte of an alphabet, in their order, and eot."""
+    """One id per byte of an alphabet, in their order, and eot. Where the alphabet begins with NUL, id 0 is padding."""
 
     alphabet: bytes
 
@@ -67,28 +70,33 @@ def example_data(
     pieces: list[bytes],
     eot: int,
     name: str,
-    fill: int = PADDING,
+    padding: int = 0,
+    fill: bool = False,
     group: int = 1,
     environment: Environment | None = None,
 ) -> TokenData:
-    """Returns windows as data: each holds the examples of one item, in order, and behind them `fill` up to its end.
+    """Returns windows as data: each holds some examples, in order, and behind them padding up to its end.
 
-    What fills a window is learnt where it is eot, and not where it is padding. `heldout_bytes` are those of the
-    held-out answers, eot having none, so bits per byte are what the answers cost with their ends, per byte of answers.
+    Padding is not learnt. `heldout_bytes` are those of the held-out answers, eot having none, so bits per byte are what
+    the answers cost with their ends, per byte of answers.
 
     Args:
         train, heldout: what each window holds, at most sequence_length tokens.
         sequence_length: T.
-        pieces, eot: the vocabulary, in which 0 is padding.
-        fill: PADDING or eot.
+        pieces, eot: the vocabulary.
+        padding: an id that is not eot.
+        fill: put eot there in place of padding, and learn it.
         group, environment: as in `TokenData`.
 
     Raises:
-        ValueError: there is nothing to train on, or no byte of an answer is held out.
+        ValueError: there is nothing to train on, no byte of an answer is held out, or padding would be taken for the
+        end.
     """
+    if padding == eot:
+        raise ValueError(f"padding={padding} must not be eot, which is learnt")
     dtype = token_dtype(len(pieces))
     (tokens, answers), (heldout_tokens, heldout_answers) = (
-        _windows(list(part), sequence_length, dtype, fill, fill == eot) for part in (train, heldout)
+        _windows(list(part), sequence_length, dtype, eot if fill else padding, fill) for part in (train, heldout)
     )
     size_V = np.array([len(piece) for piece in pieces])
     heldout_bytes = int(size_V[heldout_tokens[heldout_answers]].sum())
@@ -117,10 +125,10 @@ def example_data(
 
 
 def _windows(
-    contents: list[Sequence[Example]], length: int, dtype: np.dtype, fill: int, learnt: bool
+    contents: list[Sequence[Example]], length: int, dtype: np.dtype, rest: int, learnt: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and answers, end to end."""
-    tokens_NT = np.full((len(contents), length), fill, dtype)
+    """Returns tokens and answers, end to end; behind the examples of a window stands `rest`, which is learnt or not."""
+    tokens_NT = np.full((len(contents), length), rest, dtype)
     answers_NT = np.full((len(contents), length), learnt)
     for n, examples in enumerate(contents):
         end = 0
@@ -129,3 +137,47 @@ def _windows(
             tokens_NT[n, start:end] = example.tokens
             answers_NT[n, start:end] = example.answers
     return tokens_NT.reshape(-1), answers_NT.reshape(-1)
+
+
+def fitting(lengths: Sequence[int], sequence_length: int, drop_longer: bool, what: str) -> list[bool]:
+    """Returns which examples of these numbers of tokens fit into a window; how many do not is logged.
+
+    Raises:
+        ValueError: some do not, and they are not to be dropped.
+    """
+    fit = [length <= sequence_length for length in lengths]
+    if longer := fit.count(False):
+        said = f"{longer} of {len(fit)} {what} are longer than sequence_length={sequence_length} tokens"
+        if not drop_longer:
+            raise ValueError(
+                f"{said}, the longest has {max(lengths)}: raise data.sequence_length, or leave them out with "
+                "data.tokens.drop_longer=true"
+            )
+        log.warning("%s and are left out", said)
+    return fit
+
+
+def packed(examples: Sequence[Example], sequence_length: int) -> list[list[Example]]:
+    """Returns what each window holds: every example once and whole, each no longer than a window.
+
+    From the longest to the shortest, each goes where it leaves the least room (best fit decreasing: D. S. Johnson,
+    "Fast algorithms for bin packing", J. Comput. Syst. Sci. 8, 1974).
+    """
+    windows, with_room, rooms = [], defaultdict(list), []  # rooms: the keys of with_room that have windows, rising
+    for example in sorted(examples, key=lambda example: len(example.tokens), reverse=True):
+        length = len(example.tokens)
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            window, room = [], sequence_length
+            windows.append(window)
+        else:
+            room = rooms[place]
+            window = with_room[room].pop()
+            if not with_room[room]:
+                rooms.pop(place)
+        window.append(example)
+        left = room - length
+        if not with_room[left]:
+            insort(rooms, left)
+        with_room[left].append(window)
+    return windows

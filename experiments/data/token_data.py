@@ -264,6 +264,18 @@ def _spool(path: Path, corpus: Corpus) -> tuple[int, np.ndarray]:
 
 
 def _heldout_tokens(documents: list[bytes], last_is_cut: bool, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+    encoded = encode_without_loss(tokenizer, documents)
+    eot = np.array([tokenizer.eot], dtype)
+    ends = [eot] * (len(documents) - last_is_cut) + [eot[:0]] * last_is_cut
+    return np.concatenate([part.astype(dtype) for pair in zip(encoded, ends, strict=True) for part in pair])
+
+
+def encode_without_loss(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
+    """Returns the ids of each document, without eot.
+
+    Raises:
+        ValueError: they do not give it back.
+    """
     encoded = tokenizer.encode(documents)
     for document, ids in zip(documents, encoded, strict=True):
         if b"".join(tokenizer.pieces[i] for i in ids) != document:
@@ -272,9 +284,7 @@ def _heldout_tokens(documents: list[bytes], last_is_cut: bool, tokenizer: Tokeni
                 "back: bits per byte need a tokenizer without loss (byte-level BPE with no normaliser and no "
                 "prefix space)"
             )
-    eot = np.array([tokenizer.eot], dtype)
-    ends = [eot] * (len(documents) - last_is_cut) + [eot[:0]] * last_is_cut
-    return np.concatenate([part.astype(dtype) for pair in zip(encoded, ends, strict=True) for part in pair])
+    return encoded
 
 
 def _write_train(path: Path, documents: Iterable[bytes], tokenizer: Tokenizer, dtype: np.dtype) -> tuple[str, int]:

@@ -124,7 +124,7 @@ def test_a_parquet_file_without_the_column_or_with_a_hole_is_named(tmp_path):
     parquet.write_table(pa.table({"body": ["x", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet has no column 'text'; its columns are \['body'\]"):
         read(TextFiles(f"{tmp_path}/*"))
-    with pytest.raises(ValueError, match="a.parquet, row 2, column 'body' must be a string"):
+    with pytest.raises(ValueError, match="a.parquet, row 2, field 'body' must be a string"):
         read(TextFiles(f"{tmp_path}/*", field="body"))
 
 
