@@ -30,8 +30,9 @@ class Turn:
     text: bytes
 
     @property
-    def written(self) -> bytes:
-        return ROLES[self.role] + self.text + END
+    def segments(self) -> tuple[bytes, bytes, bytes]:
+        """Returns its marker, its text and its end, which are encoded one by one."""
+        return ROLES[self.role], self.text, END
 
 
 def chat(
@@ -131,7 +132,7 @@ def unmarked(text: bytes, where: str) -> bytes:
 
 def written(turns: Sequence[Turn]) -> bytes:
     """Returns turns as bytes."""
-    return b"".join(turn.written for turn in turns)
+    return b"".join(segment for turn in turns for segment in turn.segments)
 
 
 def asked(turns: list[Turn]) -> list[Turn]:
@@ -148,19 +149,18 @@ def fitted(tokenizer: Tokenizer, texts: list[bytes]) -> Tokenizer:
 
 def conversation_examples(conversations: Sequence[Sequence[Turn]], tokenizer: Tokenizer) -> Iterator[Example]:
     """Yields the ids of each conversation and what is learnt of it."""
-    texts = iter(encode_without_loss(tokenizer, [turn.text for turns in conversations for turn in turns]))
-    mark, dtype = markers(tokenizer), token_dtype(len(tokenizer.pieces))
-    for turns in conversations:
-        parts, learnt = [], []
-        for turn in turns:
-            ids, answer = next(texts), turn.role == "assistant"
-            parts += [mark[ROLES[turn.role]], ids, mark[END]]
-            learnt += [False] + [answer] * (len(ids) + 1)
-        tokens = np.concatenate([*parts, [tokenizer.eot]], dtype=dtype, casting="unsafe")
-        yield Example(tokens, np.array([*learnt, learnt[-1]]))
+    segments = [[segment for turn in turns for segment in turn.segments] for turns in conversations]
+    for turns, ids in zip(conversations, encoded(segments, tokenizer), strict=True):
+        # Of each turn the marker is given, and text and end are learnt or not; eot as the end in front of it.
+        answers = [turn.role == "assistant" for turn in turns]
+        learnt = [learnt for answer in answers for learnt in (False, answer, answer)]
+        marks = np.repeat([*learnt, answers[-1]], [*map(len, ids), 1])
+        yield Example(np.concatenate([*ids, np.array([tokenizer.eot], ids[0].dtype)]), marks)
 
 
-def markers(tokenizer: Tokenizer) -> dict[bytes, np.ndarray]:
-    """Returns the id of each marker, an array of one."""
-    marks = [*ROLES.values(), END]
-    return dict(zip(marks, tokenizer.encode(marks), strict=True))
+def encoded(documents: Sequence[Sequence[bytes]], tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
+    """Yields the ids of each segment of each document: no token reaches across a segment's edge."""
+    dtype = token_dtype(len(tokenizer.pieces))
+    ids = iter(encode_without_loss(tokenizer, [segment for segments in documents for segment in segments]))
+    for segments in documents:
+        yield [next(ids).astype(dtype) for _ in segments]

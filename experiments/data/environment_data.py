@@ -1,6 +1,7 @@
 """Problems of an environment as data: one problem and one answer to a window."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -49,16 +50,18 @@ def environment_data(
     if demonstrations < 1 or not 0 <= correct <= 1:
         raise ValueError(f"demonstrations={demonstrations} must be at least 1, and correct={correct} from 0 to 1")
     ids = vocabulary_of(environment, vocabulary)
-    heldout = list(problems(environment, heldout_problems, True, np.random.default_rng([seed, 0])))
+    if train_problems < 1 or heldout_problems < 1:
+        raise ValueError(f"train_problems={train_problems} and heldout_problems={heldout_problems} must be at least 1")
+    heldout = islice(problems(environment, True, np.random.default_rng([seed, 0])), heldout_problems)
     random = np.random.default_rng([seed, 1])
-    train = list(problems(environment, train_problems, False, random))
+    train = list(islice(problems(environment, False, random), train_problems))
     answered = [
         Problem(problem.prompt, demonstration(environment, problem, correct, random))
         for problem in train
         for _ in range(demonstrations)
     ]
 
-    def windows(part: list[Problem]) -> Iterator[list[Example]]:
+    def windows(part: Iterable[Problem]) -> Iterator[list[Example]]:
         for problem in part:
             yield [Example.of(ids.encode(problem.prompt), ids.encode(problem.answer), ids.eot)]
 
@@ -96,25 +99,21 @@ def demonstration(environment: Environment, problem: Problem, correct: float, ra
     return problem.answer if random.random() < correct else environment.attempt(problem.prompt, random)
 
 
-def problems(environment: Environment, number: int, heldout: bool, random: np.random.Generator) -> Iterator[Problem]:
-    """Problems of different prompts, all of which are held out, or none.
+def problems(environment: Environment, heldout: bool, random: np.random.Generator) -> Iterator[Problem]:
+    """Yields problems of different prompts without end, all of which are held out, or none.
 
     Raises:
-        ValueError: none are asked for, or there are not so many.
+        ValueError: when there seem to be no more.
     """
-    part = "heldout" if heldout else "train"
-    if number < 1:
-        raise ValueError(f"{part}_problems={number} must be at least 1")
-    seen, idle = set(), 0
-    while len(seen) < number:
+    part, seen, idle = "held-out" if heldout else "training", set(), 0
+    while idle < PATIENCE:
         problem = environment.problem(random)
         idle += 1
         if problem.prompt not in seen and held_out(problem.prompt, HELDOUT) == heldout:
             seen.add(problem.prompt)
             idle = 0
             yield problem
-        if idle == PATIENCE:
-            raise ValueError(
-                f"{part}_problems={number} are more than {environment.name} has: {PATIENCE} draws in a row brought "
-                f"nothing new after {len(seen)} {part} problems; ask for fewer, or for more difficult ones"
-            )
+    raise ValueError(
+        f"{environment.name} has too few {part} problems: {PATIENCE} draws in a row brought nothing new "
+        f"after {len(seen)}; ask for fewer, or for more difficult ones"
+    )

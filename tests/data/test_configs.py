@@ -17,6 +17,8 @@ MISSING = {
     "chat_filled": "data.path",
     "token_bins": "data.tokens.train",
 }
+PATHS = dict.fromkeys(["text_files", "chat", "chat_filled", "preferences"], "data.path")
+MISSING = PATHS | {"token_bins": "data.tokens.train"}
 
 
 @pytest.fixture(autouse=True)

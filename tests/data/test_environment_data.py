@@ -19,7 +19,7 @@ from experiments.data.environments.state_tracking import Permutations
 from experiments.data.tokenizers import ByteTokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CONFIGURED = [path.stem for path in sorted((CONFIGS / "data").glob("*.yaml")) if "environment:" in path.read_text()]
+CONFIGURED = [path.stem for path in sorted((CONFIGS / "data").glob("*.yaml")) if "train_problems:" in path.read_text()]
 T = 24
 SMALL = dict(environment=Countdown(3), sequence_length=T, train_problems=200, heldout_problems=40)
 
@@ -99,16 +99,14 @@ def test_held_out_problems_do_not_depend_on_those_for_training():
     ("changes", "words"),
     [
         ({"sequence_length": 14}, "sequence_length=14 must be at least 15: countdown-3 has prompts of up to 9 bytes"),
-        ({"train_problems": 0}, "train_problems=0 must be at least 1"),
+        ({"train_problems": 0}, "train_problems=0 and heldout_problems=40 must be at least 1"),
         ({"heldout_problems": 0}, "heldout_problems=0 must be at least 1"),
         ({"demonstrations": 0}, "demonstrations=0 must be at least 1"),
         ({"correct": 1.5}, "correct=1.5 from 0 to 1"),
-        ({"environment": Permutations(2, 5)}, "train_problems=200 are more than permutations-2x5"),
-        ({"environment": Permutations(2, 5), "heldout_problems": 10}, "heldout_problems=10 are more than"),
+        ({"environment": Permutations(2, 5), "heldout_problems": 1}, "permutations-2x5 has too few training problems: 1000 draws"),
+        ({"environment": Permutations(2, 5), "train_problems": 20}, "permutations-2x5 has too few held-out problems"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_data_are_refused(changes, words):
-    if changes.get("environment") and "heldout_problems" not in changes:
-        changes = changes | {"heldout_problems": 1}
     with pytest.raises(ValueError, match=words):
         environment_data(**SMALL | changes)
