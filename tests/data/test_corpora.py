@@ -179,6 +179,18 @@ def test_a_data_set_is_streamed_up_to_max_bytes(rows):
     assert read(HuggingFace("json", data_files=rows, field="body", max_bytes=40)) == whole[:3]
 
 
+def test_rows_stop_before_the_first_that_would_pass_max_bytes_of_text(tmp_path):
+    said = [[{"role": "user", "content": "x" * number}] for number in (10, 20, 30)]
+    path = write(
+        tmp_path, "a.jsonl", "\n".join(json.dumps({"messages": row, "id": "long" * 99}) for row in said).encode()
+    )
+    data = HuggingFace("json", data_files=path, max_bytes=10 + 20 + 2 * len("user"))
+    assert [(where, row["messages"]) for where, row in data.rows(["messages"])] == [
+        (f"json, row {number}", row) for number, row in enumerate(said[:2], 1)
+    ]
+    assert len(list(HuggingFace("json", data_files=path, max_bytes=37).rows(["messages"]))) == 1
+
+
 def test_a_data_set_without_the_field_says_which_there_are(rows):
     with pytest.raises(ValueError, match=r"json, row 1 has no field 'text'; its fields are \['body'\]"):
         read(HuggingFace("json", data_files=rows))

@@ -103,7 +103,7 @@ def test_held_out_problems_do_not_depend_on_those_for_training():
         ({"heldout_problems": 0}, "heldout_problems=0 must be at least 1"),
         ({"demonstrations": 0}, "demonstrations=0 must be at least 1"),
         ({"correct": 1.5}, "correct=1.5 from 0 to 1"),
-        ({"environment": Permutations(2, 5), "heldout_problems": 1}, "permutations-2x5 has too few training problems: 1000 draws"),
+        ({"environment": Permutations(2, 5), "heldout_problems": 1}, "has too few training problems: 1000 draws"),
         ({"environment": Permutations(2, 5), "train_problems": 20}, "permutations-2x5 has too few held-out problems"),
     ],
 )  # fmt: skip
