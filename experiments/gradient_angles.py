@@ -5,6 +5,8 @@ A language of 27 sequences is small enough to enumerate, so the angles are those
 choices of an autoregressive policy gradient, at the policy that wrote. likelihoods.csv has what stands for the
 likelihood of a diffusion policy: of tables of random logits, whose orders disagree the more the sharper they are, and
 of tables after steps of exact ascent from a language whose orders agree.
+
+Shape letters: B sequences, T tokens.
 """
 
 from pathlib import Path

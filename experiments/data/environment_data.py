@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from experiments.data.environments.contracts import Environment, Problem
-from experiments.data.examples import PADDING, ByteVocabulary, Example, example_data, held_out
+from experiments.data.examples import ByteVocabulary, Example, example_data, held_out
 from experiments.data.token_data import TokenData
 
 HELDOUT = 0.1  # of all prompts, by their hash
@@ -23,8 +23,8 @@ def environment_data(
     demonstrations: int = 1,
     correct: float = 1.0,
     vocabulary: Vocabulary = "own",
-    fill: Literal["padding", "eot"] = "padding",
     seed: int = 0,
+    fill: bool = False,
 ) -> TokenData:
     """Returns windows of a prompt, an answer, eot and padding, in which the answer and eot are learnt.
 
@@ -39,9 +39,9 @@ def environment_data(
         demonstrations: windows of each training problem, each with an answer of its own.
         correct: chance that such an answer is the right one, from 0 to 1; else it is an attempt of the environment.
         vocabulary: "own" is NUL, the environment's alphabet and eot; "bytes" that of `ByteTokenizer`.
-        fill: what stands behind eot: padding, which is not learnt, or "eot", which is, so that a model which fills
-            whole windows learns how long an answer is (LLaDA, arXiv 2502.09992, section 2.3).
         seed: of the draws.
+        fill: put eot in place of padding, and learn it, so that a model which fills whole windows learns how long an
+            answer is (LLaDA, arXiv 2502.09992, section 2.3).
 
     Raises:
         ValueError: a setting is out of range, or the environment does not have so many problems.
@@ -72,7 +72,7 @@ def environment_data(
         ids.pieces,
         ids.eot,
         name=f"{environment.name}/{vocabulary}",
-        fill=ids.eot if fill == "eot" else PADDING,
+        fill=fill,
         environment=environment,
     )
 

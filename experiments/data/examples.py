@@ -120,6 +120,7 @@ def example_data(
         train_answers=answers,
         heldout_answers=heldout_answers,
         group=group,
+        filled=fill,
         environment=environment,
     )
 

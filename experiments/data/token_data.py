@@ -82,6 +82,7 @@ class TokenData:
     heldout_answers: np.ndarray | None = None
     heldout_entropy: float | None = None  # nats of `heldout` under its own language, where that is known
     group: int = 1  # windows that stand together and are drawn together, in order: 2 of a chosen and a rejected answer
+    filled: bool = False  # whether windows are filled with ends that are learnt
     environment: Environment | None = None  # that the held-out prompts are from, by which answers are scored
 
     @property

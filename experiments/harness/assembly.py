@@ -70,6 +70,10 @@ def measure(config: DictConfig, data: TokenData, others: Mapping[str, Path] = Ma
         ValueError: when backbone and objective, or objective and length, do not go together.
     """
     trained = {name: load_trained(folder) for name, folder in others.items()}
+    if data.filled and config.data.packed:
+        raise ValueError(
+            f"data.packed=true would set apart each end that fills a window of {data.name}: set data.packed=false"
+        )
     objective, optimiser = build_objective(config, data, trained), build(config.optim)
     T = config.data.sequence_length
     with torch.device("meta"):
@@ -102,6 +106,7 @@ def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation
         config.data.sequence_length,
         config.budget.batch_tokens,
         measured.flops_per_step,
+        data.group,
     )
     check_enough(len(data.train), allocation.tokens, config.data.allow_repeats)
     return allocation

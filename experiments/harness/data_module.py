@@ -56,7 +56,9 @@ class DataModule(L.LightningDataModule):
         if stream is None:
             return []
         full_NT, tail_1T = heldout_windows(stream, self.allocation.sequence_length)
-        batches = list(full_NT.split(self.evaluation_batch)) if len(full_NT) else []
+        group = self.data.group
+        size = max(1, self.evaluation_batch // group) * group
+        batches = list(full_NT.split(size)) if len(full_NT) else []
         return batches + ([] if tail_1T is None else [tail_1T])
 
 

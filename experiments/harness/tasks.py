@@ -79,7 +79,9 @@ def score(
     environment = data.environment
     if environment is None or data.heldout_answers is None:
         raise ValueError(f"{data.name} has no environment that could check an answer")
-    windows, marks = (heldout_windows(x, sequence_length)[0] for x in (data.heldout, data.heldout_answers))
+    # Of windows that stand together, each of which has the same prompt, the first.
+    streams = (data.heldout, data.heldout_answers)
+    windows, marks = (heldout_windows(x, sequence_length)[0][:: data.group] for x in streams)
     asked = Batch(windows[:prompts], marks[:prompts].float())
     values: dict[str, list[dict[str, float]]] = defaultdict(list)
     generator, questions = torch.Generator().manual_seed(SCORING_SEED), prompts_of(asked)

@@ -10,14 +10,7 @@ from experiments.harness.identity import plain
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml") if path.stem != "base")
-MISSING = {"text_files": "data.path", "mixture": "data.path", "token_bins": "data.tokens.train"}
-MISSING = {
-    "text_files": "data.path",
-    "chat": "data.path",
-    "chat_filled": "data.path",
-    "token_bins": "data.tokens.train",
-}
-PATHS = dict.fromkeys(["text_files", "chat", "chat_filled", "preferences"], "data.path")
+PATHS = dict.fromkeys(["text_files", "mixture", "chat", "chat_filled", "preferences"], "data.path")
 MISSING = PATHS | {"token_bins": "data.tokens.train"}
 
 

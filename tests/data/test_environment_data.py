@@ -88,6 +88,15 @@ def test_the_vocabulary_of_bytes_is_that_of_text_and_its_own_has_no_id_to_spare(
     assert own.digest != text.digest
 
 
+def test_a_filled_window_has_ends_to_its_end_all_of_which_are_learnt():
+    padded, filled = (environment_data(**SMALL, fill=fill) for fill in (False, True))
+    assert filled.filled and not padded.filled and filled.heldout_bytes == padded.heldout_bytes
+    tokens, answers = (x.reshape(-1, SMALL["sequence_length"]) for x in (filled.train, filled.train_answers))
+    given = padded.train_answers.reshape(answers.shape)
+    assert (tokens[answers & ~given] == filled.eot).all() and answers[:, -1].all()
+    assert (answers.sum(1) + (answers.argmax(1)) == SMALL["sequence_length"]).all()
+
+
 def test_held_out_problems_do_not_depend_on_those_for_training():
     a, b, other = (environment_data(**SMALL | changes) for changes in ({}, {"train_problems": 100}, {"seed": 1}))
     assert np.array_equal(a.heldout, b.heldout) and a.digest != b.digest
