@@ -19,12 +19,19 @@ from objectives.decoding.draws import Draw
 
 
 def encode(text: str, data: TokenData) -> list[int]:
-    """Ids of a prompt, the longest piece of the vocabulary first: for BPE one of several spellings of the same
-    bytes."""
+    """Ids of a prompt, the longest piece of the vocabulary first: for BPE one of several spellings of the same bytes.
+
+    Raises:
+        ValueError: for a byte that the vocabulary does not have.
+    """
     ids = {piece: i for i, piece in enumerate(data.pieces) if piece}
     longest, rest, out = max(map(len, ids)), text.encode(), []
     while rest:
-        size = next(n for n in range(min(longest, len(rest)), 0, -1) if rest[:n] in ids)
+        size = next((n for n in range(min(longest, len(rest)), 0, -1) if rest[:n] in ids), 0)
+        if not size:
+            pieces = ", ".join(repr(piece.decode(errors="replace")) for piece in data.pieces if piece)
+            missing = rest[:1].decode(errors="replace")
+            raise ValueError(f"prompt={text!r}: {data.name} is written without {missing!r}; its pieces are {pieces}")
         out.append(ids[rest[:size]])
         rest = rest[size:]
     return out

@@ -18,6 +18,8 @@ from archs.positions import Rotary, Yarn
 from archs.visibility import BIDIRECTIONAL, CAUSAL, Kind, block_causal
 from experiments.anatomy import anatomy
 from experiments.harness.weights import begin_from, save_weights
+from objectives.contracts import Batch
+from objectives.next_token import NextToken
 from tests.contracts.discovery import LENGTH, VOCABULARY, composed, names, shaken
 
 ARCHS = names("arch")
@@ -137,6 +139,34 @@ def test_packed_documents_are_each_as_if_alone(name, kind):
             place = torch.cat([torch.arange(begin, end) + copy * LENGTH for copy in range(visibility.copies)])
             alone = model(x[row : row + 1, place], visibility)
             torch.testing.assert_close(packed[row : row + 1, place], alone, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.thorough
+@every
+def test_answers_packed_into_a_window_teach_what_they_teach_one_by_one(name):
+    """One normaliser over all tokens of all answers: a mean of means would give short ones more weight."""
+    model, objective, x = build(name), NextToken(VOCABULARY, 0), tokens(1)
+    starts, answers = torch.zeros(1, LENGTH, dtype=torch.bool), torch.zeros(1, LENGTH)
+    begins = [0, 9, 12, LENGTH]  # of conversations whose last two tokens are the answer, of the first one four
+    for begin, end in zip(begins, begins[1:], strict=False):
+        starts[0, begin] = True
+        answers[0, end - (4 if begin == 0 else 2) : end] = 1.0
+
+    def taught(batches: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        counted = sum(batch.counted_BT.sum() for batch in batches)
+        losses = [objective.loss(model, b, torch.Generator()) * b.counted_BT.sum() / counted for b in batches]
+        sum(losses).backward()
+        return sum(losses).detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    together, gradients = taught([Batch(x, answers, starts)])
+    parts = [slice(begin, end) for begin, end in zip(begins, begins[1:], strict=False)]
+    apart, each = taught([Batch(x[:, part], answers[:, part]) for part in parts])
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=0)
+    largest = max(g.abs().max() for g in each.values())
+    assert gradients.keys() == each.keys()
+    for name_ in gradients:
+        torch.testing.assert_close(gradients[name_], each[name_], rtol=1e-6, atol=1e-8 * float(largest), msg=name_)
 
 
 @every

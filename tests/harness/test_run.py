@@ -235,6 +235,8 @@ def test_a_finished_run_loads_again_and_gives_the_same_bits(make_run, data, monk
 def test_prompts_are_spelled_without_loss(data):
     assert data.decode(sample.encode("abcpa", data)) == "abcpa"
     assert sample.encode_with_masks("ab__c", "_", data) == [0, 1, -1, -1, 2]
+    with pytest.raises(ValueError, match="prompt='ax': cycle is written without 'x'; its pieces are 'a', 'b'"):
+        sample.encode("ax", data)
 
 
 def test_sampling_from_a_folder_without_a_run_says_so(tmp_path):
