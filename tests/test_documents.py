@@ -57,7 +57,7 @@ def typed():
                     yield name, "train", found
 
 
-COMPOSED = ("train", "sweep", "compare", "score", "calibration", "sample", "anatomy", "bench", "fit")
+COMPOSED = ("train", "sweep", "compare", "score", "calibration", "sample", "context", "anatomy", "bench", "fit")
 
 
 @pytest.mark.thorough

@@ -15,14 +15,21 @@ EOT = 0  # stands in front of a sequence and never in it
 
 
 def draw_sequences(
-    number: int, pairs: int, vocab_size: int, sequence_length: int, power: float, random: np.random.Generator
+    number: int,
+    pairs: int,
+    vocab_size: int,
+    sequence_length: int,
+    power: float,
+    random: np.random.Generator,
+    queries: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens_NT, answers_NT): int64 sequences with this number of pairs, and bool marks at the answers.
 
     The task is that of Arora et al. (arXiv 2312.04927, Zoology). Keys are 1 .. V / 2 - 1 and values V / 2 .. V - 1,
     each distinct within a sequence. First the pairs, k v k v ...; behind them slots of two tokens. Each key comes once
-    more, at the start of a slot drawn without replacement with odds power * s^(power - 1) for slot s = 1, 2, ...
-    (small powers ask early), and its value follows: the answer. The other places are filled with random tokens.
+    more, or as often as there are to be queries, at the start of a slot drawn without replacement with odds power *
+    s^(power - 1) for slot s = 1, 2, ... (small powers ask early, 1 asks anywhere), and its value follows: the answer.
+    The other places are filled with random tokens.
 
     Two things differ from the published generator, where any token fills: no filler is a key of the sequence, since in
     a small vocabulary that would often put a second value behind a key; and the answer stands in the sequence behind
@@ -41,9 +48,9 @@ def draw_sequences(
     answers_NT = np.zeros(tokens_NT.shape, bool)
     pair_NS2 = tokens_NT.reshape(number, slots, 2)  # a view
     shown_NP2 = np.stack([key_NK[:, :pairs], value_NV[:, :pairs]], axis=2)
-    asked_NP1 = (pairs + slot_NS[:, :pairs])[..., None]
+    asked_NP1 = (pairs + slot_NS[:, : queries * pairs])[..., None]
     pair_NS2[:, :pairs] = shown_NP2
-    np.put_along_axis(pair_NS2, asked_NP1, shown_NP2, axis=1)
+    np.put_along_axis(pair_NS2, asked_NP1, np.tile(shown_NP2, (1, queries, 1)), axis=1)
     np.put_along_axis(answers_NT.reshape(number, slots, 2)[..., 1:], asked_NP1, True, axis=1)
     return tokens_NT, answers_NT
 
@@ -56,6 +63,7 @@ def associative_recall(
     heldout_sequences: int,
     power: float,
     seed: int,
+    queries: int = 1,
 ) -> TokenData:
     """Sequences of the task as data, end to end, with the answers marked (see `draw_sequences`).
 
@@ -69,6 +77,7 @@ def associative_recall(
         train_sequences, heldout_sequences: of each number of pairs.
         power: > 0, of the distribution that slots are drawn from; 0.01 as published.
         seed: of the draws; the held-out ones do not depend on train_sequences.
+        queries: how often each key is asked for; 1 as published. More of them are more to learn from per token.
 
     Raises:
         ValueError: a setting is out of range, or so many pairs find no place in the sequence or the vocabulary.
@@ -78,12 +87,14 @@ def associative_recall(
         raise ValueError(f"vocab_size={vocab_size} must be even and at least 4: one half keys, the other values")
     if sequence_length < 4 or sequence_length % 2:
         raise ValueError(f"sequence_length={sequence_length} must be even and at least 4")
-    fit = min(vocab_size // 2 - 1, sequence_length // 4)
+    if queries < 1:
+        raise ValueError(f"queries={queries} must be at least 1 of each key")
+    room = sequence_length // 2 // (1 + queries)
+    fit = min(vocab_size // 2 - 1, room)
     if not pairs or min(pairs) < 1 or max(pairs) > fit:
         raise ValueError(
-            f"pairs={pairs} must be numbers from 1 to {fit}: sequence_length={sequence_length} has room for "
-            f"{sequence_length // 4} pairs and as many queries, and vocab_size={vocab_size} has "
-            f"{vocab_size // 2 - 1} keys"
+            f"pairs={pairs} must be numbers from 1 to {fit}: sequence_length={sequence_length} has room for {room} "
+            f"pairs with queries={queries} of each, and vocab_size={vocab_size} has {vocab_size // 2 - 1} keys"
         )
     if train_sequences < 1 or heldout_sequences < 1:
         raise ValueError(
@@ -96,7 +107,7 @@ def associative_recall(
     def stream(sequences: int, part: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng([seed, part])
         parts = [
-            draw_sequences(min(AT_ONCE, sequences - start), number, vocab_size, sequence_length, power, random)
+            draw_sequences(min(AT_ONCE, sequences - start), number, vocab_size, sequence_length, power, random, queries)
             for number in pairs
             for start in range(0, sequences, AT_ONCE)
         ]

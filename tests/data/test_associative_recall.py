@@ -23,21 +23,24 @@ SMALL = dict(
     spare=st.integers(1, 9),
     power=st.floats(0.01, 3),
     seed=st.integers(0, 99),
+    queries=st.integers(1, 3),
 )
-def test_every_answer_is_the_value_shown_with_its_key_and_no_key_comes_a_third_time(pairs, room, spare, power, seed):
-    half, length = pairs + spare, 4 * pairs + 2 * room
-    tokens, answers = draw_sequences(5, pairs, 2 * half, length, power, np.random.default_rng(seed))
+def test_every_answer_is_the_value_shown_with_its_key_and_no_key_comes_once_more(
+    pairs, room, spare, power, seed, queries
+):
+    half, length = pairs + spare, 2 * (1 + queries) * pairs + 2 * room
+    tokens, answers = draw_sequences(5, pairs, 2 * half, length, power, np.random.default_rng(seed), queries)
     assert tokens.shape == answers.shape == (5, length)
-    assert (answers.sum(1) == pairs).all() and not answers[:, : 2 * pairs].any()
+    assert (answers.sum(1) == queries * pairs).all() and not answers[:, : 2 * pairs].any()
     assert ((tokens > EOT) & (tokens < 2 * half)).all()
     for row, marked in zip(tokens, answers, strict=True):
         keys, values = row[: 2 * pairs : 2], row[1 : 2 * pairs : 2]
         assert len(set(keys)) == len(set(values)) == pairs
         assert (keys < half).all() and (values >= half).all()
         shown, asked = dict(zip(keys, values, strict=True)), np.flatnonzero(marked)
-        assert {row[i - 1] for i in asked} == set(keys)
+        assert sorted(row[i - 1] for i in asked) == sorted(np.repeat(keys, queries))
         assert all(row[i] == shown[row[i - 1]] for i in asked)
-        assert np.isin(row, keys).sum() == 2 * pairs
+        assert np.isin(row, keys).sum() == (1 + queries) * pairs
 
 
 def test_small_powers_ask_early():
@@ -105,6 +108,8 @@ def test_whoever_looks_up_has_no_loss_and_whoever_cannot_has_the_log_of_the_voca
         ({"pairs": [4], "vocab_size": 8}, "vocab_size=8 has 3 keys"),
         ({"train_sequences": 0}, "train_sequences=0"),
         ({"power": 0.0}, "power=0.0 must be above 0"),
+        ({"queries": 0}, "queries=0 must be at least 1"),
+        ({"queries": 2}, r"pairs=\[2, 4\] must be numbers from 1 to 3: .* room for 3 pairs with queries=2 of each"),
     ],
 )
 def test_settings_that_make_no_task_are_refused(changes, words):
