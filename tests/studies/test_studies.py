@@ -196,7 +196,7 @@ def test_the_index_has_one_line_per_study_whether_run_or_not(tmp_path, high, sho
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["name=x"], "name=x is no study: choose one of recall"),
+        (["name=x"], "name=x is no study: choose one of"),
         (["nmae=recall"], "nmae=recall is a setting of a study: say which"),
         (["all=maybe"], "all=maybe must be true or false"),
         (["name=recall", "tiny=true", "study.stepps=3"], "stepps"),
