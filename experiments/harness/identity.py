@@ -92,10 +92,9 @@ def run_of(config: DictConfig) -> Run:
     init_from = None
     if parts["init_from"] is not None:
         init_from, parts["init_from"] = find_weights("init_from", str(parts["init_from"]), session.root)
-    others, models = {}, parts["objective"].get("models", {})
-    for name, given_run in models.items():
-        if given_run is not None:
-            others[name], models[name] = find_weights(f"objective.models.{name}", str(given_run), session.root)
+    others = {}
+    for name, (folder, stands_for) in models_of(parts["objective"], session.root).items():
+        others[name], parts["objective"]["models"][name] = folder, stands_for
     run = Run(DictConfig(parts), session, init_from, others)
     if not (run.folder / "row.json").exists():  # else they were good, and importing them takes a second
         check_parts(parts)
@@ -123,6 +122,17 @@ def run_id(config: DictConfig) -> str:
     """Hash of a resolved identity, 12 hex digits."""
     parts = plain(config)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def models_of(objective: Mapping[str, Any], root: Path) -> dict[str, tuple[Path, str]]:
+    """By name, the folders of the runs whose models an objective's node asks for, and what stands for them in an
+    identity; without those that are null.
+
+    Raises:
+        ValueError: for a run without weights.
+    """
+    asked = objective.get("models", {}).items()
+    return {name: find_weights(f"objective.models.{name}", str(run), root) for name, run in asked if run is not None}
 
 
 def find_weights(setting: str, init_from: str, root: Path) -> tuple[Path, str]:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from experiments.data.token_data import TokenData
 from experiments.harness.assembly import Measured, measure, spend
-from experiments.harness.identity import plain, run_of
+from experiments.harness.identity import models_of, plain, run_of
 from experiments.scaling.design import BROKEN, Addition, Cell, Corpus, Design
 
 LAID_BLINDLY = 2  # fitted budgets whose sizes are laid around the guess N*, even where later ones are not
@@ -121,7 +122,9 @@ class Arm:
         if width not in self.measured:
             config = self.config.copy()
             config.arch.width = width
-            self.measured[width] = measure(config, self.data)
+            models = models_of(plain(config.objective), Path(config.session.root))
+            others = {name: folder for name, (folder, _) in models.items()}
+            self.measured[width] = measure(config, self.data, others)
         return self.measured[width]
 
     def params(self, width: int) -> int:

@@ -13,10 +13,10 @@ import torch
 from scipy.optimize import nnls
 
 from experiments.harness.assembly import spend
+from experiments.harness.data_module import DataModule
 from experiments.harness.parts import build, build_model
 from experiments.scaling.design import Cell
 from experiments.sweeps.plan import Arm
-from objectives.contracts import Batch
 
 ENOUGH = 4  # finished runs of an arm that tell its price
 STEPS = 3  # that are timed of a model, after one that is not
@@ -78,23 +78,22 @@ def _time(arm: Arm, cell: Cell) -> tuple[float, float, float]:
     allocation, objective = spend(config, arm.data, sized), sized.objective
     model, trainer = build_model(config, objective), build(config.trainer)
     optimiser = sized.optimiser.build(model.roles(), model.width, allocation.tokens)
-    batch = _zeros(allocation.first_sequence(1), allocation.sequence_length)
-    took = []
+    evaluation_batch = trainer.evaluation_batch
+    module = DataModule(arm.data, allocation, config.seed, config.data.packed, evaluation_batch)
+    batch, took = next(iter(module.train_dataloader())), []
+    objective.begin(model)
     for _ in range(1 + STEPS):
         start = time.perf_counter()
-        objective.loss(model, batch, torch.Generator().manual_seed(0)).backward()
+        generator = torch.Generator().manual_seed(0)
+        objective.loss(model, objective.experience(model, batch, generator), generator).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.gradient_clip)
         optimiser.step()
         optimiser.zero_grad()
         took.append(time.perf_counter() - start)
-    windows = min(trainer.evaluation_batch, len(arm.data.heldout) // allocation.sequence_length)
+    heldout = next(iter(module.val_dataloader()))
     start = time.perf_counter()
     with torch.no_grad():
-        objective.evaluate(model, _zeros(windows, allocation.sequence_length), torch.Generator().manual_seed(0))
-    once = (time.perf_counter() - start) * len(arm.data.heldout) / (windows * allocation.sequence_length)
+        objective.evaluate(model, heldout, torch.Generator().manual_seed(0))
+    once = (time.perf_counter() - start) * len(arm.data.heldout) / heldout.tokens_BT.numel()
     times = trainer.evaluations_in(allocation.flops, sized.evaluation_flops(arm.data))
     return min(took[1:]), once * times, sized.costs.flops_per_token * batch.tokens_BT.numel()
-
-
-def _zeros(sequences: int, length: int) -> Batch:
-    return Batch.of(torch.zeros(sequences, length, dtype=torch.long))
