@@ -57,16 +57,14 @@ def chat(
         sequence_length: T of the windows.
         heldout_fraction: between 0 and 1.
         drop_longer: leave out conversations that are longer than a window, and log how many. They are never cut, since
-        a
-            cut answer would teach an end that it does not have.
+            a cut answer would teach an end that it does not have.
         fill: one conversation to a window, and behind it as many eot as find room, all learnt. So a model that denoises
             all places at once learns how long an answer is (LLaDA, arXiv 2502.09992). Wants data.packed=false, since a
             window is then one document.
 
     Raises:
         ValueError: a row is no conversation or says nothing to be learnt, conversations are longer than a window, or
-        one
-            of the two parts is empty.
+            one of the two parts is empty.
     """
     if not 0 < heldout_fraction < 1:
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie between 0 and 1")

@@ -90,7 +90,7 @@ def example_data(
 
     Raises:
         ValueError: there is nothing to train on, no byte of an answer is held out, or padding would be taken for the
-        end.
+            end.
     """
     if padding == eot:
         raise ValueError(f"padding={padding} must not be eot, which is learnt")

@@ -68,6 +68,11 @@ def mixture(parts: list[TokenData], weights: list[float], sequence_length: int, 
                 f"a mixture has one vocabulary: {part.name} has {part.vocab_size} ids that stand for other bytes than "
                 f"the {first.vocab_size} of {first.name}; give both the same tokenizer"
             )
+        if part.group != 1 or part.filled != first.filled:
+            raise ValueError(
+                f"windows of a mixture stand alone, and are all filled or all padded: {part.name} has groups of "
+                f"{part.group} and filled={part.filled}, {first.name} filled={first.filled}; leave one of them out"
+            )
         if len(part.train) < sequence_length:
             raise ValueError(
                 f"{part.name} has {len(part.train)} training tokens, fewer than one window of sequence_length="

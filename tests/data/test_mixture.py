@@ -93,6 +93,8 @@ def test_a_mixture_is_a_function_of_its_settings():
         (part("1", 100), [1.0], "2 parts with weights=\\[1.0\\]: give one weight for each"),
         (part("1", 100), [1.0, 0.0], "weights=\\[1.0, 0.0\\] must be above 0"),
         (part("1", 7), [1, 1], "1 has 7 training tokens, fewer than one window of sequence_length=8"),
+        (replace(part("1", 100), group=2), [1, 1], "1 has groups of 2 and filled=False, 0 filled=False"),
+        (replace(part("1", 100), filled=True), [1, 1], "1 has groups of 1 and filled=True, 0 filled=False"),
         (part("1", 100), [1, 1e-6], "1 has a share of 1e-06 in a mixture of 12 windows, which is none"),
         (
             replace(part("1", 100), pieces=PIECES[::-1]),
