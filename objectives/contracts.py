@@ -159,6 +159,12 @@ class Predictions:
 class Sampler(ABC):
     """A way to fill masked positions, or to continue, with what a denoiser says."""
 
+    @property
+    def blind(self) -> bool:
+        """Whether where it writes next does not depend on what the denoiser says, and what it has written stays. Then
+        the probabilities with which its tokens were drawn multiply to that of the samples, given the order."""
+        return False
+
     @abstractmethod
     def __call__(self, denoiser: Any, request: Request) -> Samples:
         """Sequences for the request. Each kind of sampler says what its denoiser is to be able to do."""

@@ -39,6 +39,10 @@ class Autoregression(Sampler):
     full: so no sequence is padded, and every kind of state can be decoded.
     """
 
+    @property
+    def blind(self) -> bool:
+        return True
+
     def __call__(self, denoiser: NextTokenDenoiser, request: Request) -> Samples:
         """
         Raises:

@@ -42,6 +42,10 @@ class CachedBlocks(Sampler):
 
     sampler: Unmasking
 
+    @property
+    def blind(self) -> bool:
+        return self.sampler.blind
+
     def __call__(self, denoiser: BlockDenoiser, request: Request) -> Samples:
         whole = Canvas.of(request, denoiser.mask)
         B, T = whole.tokens_BT.shape

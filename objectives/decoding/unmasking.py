@@ -129,6 +129,10 @@ class Ancestral(Unmasking):
     def __post_init__(self):
         check_steps(self.steps)
 
+    @property
+    def blind(self) -> bool:
+        return True
+
     def fill(self, denoiser: MaskedDenoiser, canvas: Canvas, here_BT: Tensor) -> None:
         left_BT = here_BT
         for left in range(self.steps, 0, -1):
@@ -158,6 +162,10 @@ class Ordered(Unmasking):
         check_steps(1 if self.steps is None else self.steps)
         if self.by not in ORDERS:
             raise ValueError(f"by={self.by!r} must be one of {', '.join(ORDERS)}")
+
+    @property
+    def blind(self) -> bool:
+        return self.by == "random"
 
     def __call__(self, denoiser: MaskedDenoiser, request: Request) -> Samples:
         """
@@ -244,6 +252,10 @@ class LeftToRight(Unmasking):
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1 token")
+
+    @property
+    def blind(self) -> bool:
+        return self.sampler.blind
 
     def fill(self, denoiser: MaskedDenoiser, canvas: Canvas, here_BT: Tensor) -> None:
         block_T = torch.arange(here_BT.shape[1], device=here_BT.device) // self.size

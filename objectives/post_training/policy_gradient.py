@@ -14,7 +14,7 @@ from archs.language_model import LanguageModel
 from objectives.contracts import Batch, Objective, Request, Sampler
 from objectives.decoding.draws import Draw
 from objectives.post_training.divergences import Estimator, kl_estimate
-from objectives.post_training.sampled_likelihood import SampledLikelihood
+from objectives.post_training.sampled_likelihood import SampledLikelihood, Trajectory
 from objectives.post_training.surrogates import Clipped, Surrogate
 from objectives.post_training.tuning import (
     Reward,
@@ -105,7 +105,8 @@ class PolicyGradient(Tuning):
         updates: optimiser steps on what was written once.
 
     Raises:
-        ValueError: for a likelihood that the base does not have, a group too small for its baseline, or a setting
+        ValueError: for a likelihood that the base or the sampler does not have, samples that are not the model's own
+            and not corrected for, a group too small for its baseline, or a setting
             outside its range.
     """
 
@@ -135,6 +136,16 @@ class PolicyGradient(Tuning):
             raise ValueError(f"group={group} must be at least 1, and 2 for a baseline or a scale of the group")
         if updates < 1:
             raise ValueError(f"updates={updates} must be at least 1")
+        if sampler and not sampler.blind and isinstance(likelihood, Trajectory):
+            raise ValueError(
+                f"sampler={sampler}: where it writes depends on what the model says, or what it wrote does not stay, "
+                "so its trajectory has no likelihood that could be replayed: choose Ancestral, or Ordered by=random"
+            )
+        if correction is None and draw != Draw():
+            raise ValueError(
+                f"temperature={draw.temperature}, top_p={draw.top_p} is not the distribution of the model that learns: "
+                "set a correction, or draw with temperature=1 top_p=1"
+            )
         if correction and (draw.temperature == 0 or draw.top_p < 1 and correction.level == "sequence"):
             raise ValueError(
                 f"correction={correction.level} cannot mend temperature={draw.temperature}, top_p={draw.top_p}: what "

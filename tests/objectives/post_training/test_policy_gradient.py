@@ -21,12 +21,15 @@ from experiments.enumeration import (
 )
 from objectives.contracts import Batch
 from objectives.decoding.draws import Draw
+from objectives.decoding.unmasking import LeftToRight, Ordered, Remask, Threshold
+from objectives.masked_diffusion import MaskedDiffusion
 from objectives.next_token import NextToken
 from objectives.post_training.divergences import kl, kl_estimate
 from objectives.post_training.policy_gradient import Correction, KLPenalty, PolicyGradient
 from objectives.post_training.sampled_likelihood import Exact, Trajectory
 from objectives.post_training.surrogates import Clipped, ClippedWeight, Soft
 
+MASKED = MaskedDiffusion(vocab_size=V, eot=START)
 BASE = NextToken(vocab_size=V, eot=START)
 REWARD = None  # rewards are given with what was written
 SURROGATES = [Clipped(), Clipped(most=3.0), ClippedWeight(), Soft()]
@@ -184,6 +187,19 @@ def test_a_penalty_in_the_loss_has_the_gradient_of_the_divergence_of_each_next_t
         ({"group": 1}, "group=1 must be at least 1, and 2 for a baseline"),
         ({"updates": 0}, "updates=0 must be at least 1"),
         ({"correction": Correction(), "draw": Draw(top_p=0.9)}, "what is never drawn has no weight"),
+        (
+            {"draw": Draw(temperature=0.7)},
+            "temperature=0.7, top_p=1.0 is not the distribution of the model that learns",
+        ),
+        (
+            {"base": MASKED, "likelihood": Trajectory(), "sampler": Threshold(0.9)},
+            "has no likelihood that could be repl",
+        ),
+        (
+            {"base": MASKED, "likelihood": Trajectory(), "sampler": LeftToRight(2, Ordered("margin", 1))},
+            "depends on what",
+        ),
+        ({"base": MASKED, "likelihood": Trajectory(), "sampler": Remask(4, 0.1)}, "what it wrote does not stay"),
         ({"likelihood": Trajectory()}, "likelihood=Trajectory cannot be read from NextToken, only from"),
     ],
 )
