@@ -59,6 +59,7 @@ class ArchSettings(Settings):
 class ScoringSettings(Closed):
     prompts: Count
     samples: Count
+    sampler: dict[str, Any] | None = None
 
 
 class DataSettings(Settings):

@@ -14,7 +14,7 @@ from archs.language_model import LanguageModel
 from experiments.data.environments.contracts import Environment
 from experiments.data.token_data import TokenData
 from experiments.data.windows import heldout_windows
-from objectives.contracts import Batch, Objective, Request
+from objectives.contracts import Batch, Objective, Request, Sampler
 from objectives.post_training.reward_model import LearntReward
 from objectives.post_training.tuning import Reward, Trained, evaluating, prompts_of
 
@@ -65,11 +65,19 @@ def texts_of(data: TokenData, tokens_BT: Tensor, answer_BT: Tensor) -> list[tupl
 
 
 def score(
-    model: LanguageModel, objective: Objective, data: TokenData, sequence_length: int, prompts: int, samples: int
+    model: LanguageModel,
+    objective: Objective,
+    data: TokenData,
+    sequence_length: int,
+    prompts: int,
+    samples: int,
+    sampler: Sampler | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """By task, the scores of a model on the first held-out prompts, each with its 95 % interval as [value, low, high].
+    sampler: how answers are written; None for the default of the objective.
 
     pass@k: the probability that one of k answers is right, without bias (Chen et al., arXiv 2107.03374, equation 1).
+    gold@k: the same by what the reward ought to be, for environments that say so.
     majority: that the most frequent of `samples` answers is; one of those that are equally frequent is taken by chance.
     length: mean tokens of an answer, its end included; ended: the fraction of answers that have one.
 
@@ -90,7 +98,7 @@ def score(
         some = [prompt_T.to(device) for prompt_T in questions[start : start + max(1, AT_ONCE // samples)]]
         with evaluating(model):
             written = objective.sample(
-                model, Request(some, sequence_length, generator, copies=samples, stop=(data.eot,))
+                model, Request(some, sequence_length, generator, copies=samples, stop=(data.eot,)), sampler
             )
         lengths_B = written.lengths_B.cpu()
         answer_BT = (written.order_BT.cpu() >= 0) & (torch.arange(sequence_length) < lengths_B[:, None])
@@ -109,13 +117,16 @@ def score(
 
 
 def _of_prompt(environment: Environment, texts: list[tuple[bytes, bytes]]) -> dict[str, float]:
-    rewards = {text: environment.check(*text) for text in dict.fromkeys(texts)}
-    right, samples = sum(rewards[text] == 1 for text in texts), len(texts)
-    ks = [k for k in (1, 4, 16, 64, 256) if k <= samples]
-    found = {f"pass@{k}": pass_at(k, samples, right) for k in ks}
-    counts = Counter(texts)
+    counts, samples = Counter(texts), len(texts)
+    checks = {"pass": environment.check}
+    if type(environment).gold is not Environment.gold:
+        checks["gold"] = environment.gold
+    found = {}
+    for name, check in checks.items():
+        right = sum(n for text, n in counts.items() if check(*text) == 1)
+        found |= {f"{name}@{k}": pass_at(k, samples, right) for k in (1, 4, 16, 64, 256) if k <= samples}
     most = [text for text, n in counts.items() if n == max(counts.values())]
-    return found | {"majority": sum(rewards[text] == 1 for text in most) / len(most)}
+    return found | {"majority": sum(environment.check(*text) == 1 for text in most) / len(most)}
 
 
 def pass_at(k: int, samples: int, right: int) -> float:

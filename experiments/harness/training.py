@@ -26,7 +26,7 @@ from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
 from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
-from experiments.harness.parts import build_adapter, build_model
+from experiments.harness.parts import build, build_adapter, build_model
 from experiments.harness.progress_bar import ProgressBar
 from experiments.harness.tasks import score
 from experiments.harness.telemetry import Diverged, Telemetry
@@ -79,6 +79,7 @@ def scoring(config: DictConfig, data: TokenData, objective: Objective) -> Callab
         sequence_length=length,
         prompts=settings.prompts,
         samples=settings.samples,
+        sampler=build(settings.sampler) if settings.get("sampler") else None,
     )
 
 

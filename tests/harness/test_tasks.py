@@ -8,8 +8,12 @@ import torch
 
 from experiments.data.environment_data import environment_data
 from experiments.data.environments.sorting import Sorting
+from experiments.data.environments.uncounted_sorting import UncountedSorting
+from experiments.harness import training
+from experiments.harness.run import execute
 from experiments.harness.tasks import TaskReward, estimate, pass_at, score, texts_of
 from objectives.contracts import Samples
+from objectives.decoding.unmasking import Ancestral
 from objectives.next_token import NextToken
 
 DATA = environment_data(Sorting(length=2, digits=1), 8, 60, 6)
@@ -39,19 +43,20 @@ def test_no_success_and_nothing_but_success_have_intervals_too():
         assert mean == value and high - low == pytest.approx(0.0714, abs=1e-3) and low <= value <= high
 
 
-def written(chance, samples=64):
-    """The scores of a writer that answers each prompt right so often, and else 0 0."""
-    environment, ids = DATA.environment, {piece: i for i, piece in enumerate(DATA.pieces)}
+def written(chance, samples=64, data=DATA, wrong=lambda numbers: b"0 0", by=None):
+    """The scores of a writer that answers each prompt right so often, and who is asked to write by a sampler."""
+    environment, ids = data.environment, {piece: i for i, piece in enumerate(data.pieces)}
 
     class Objective(NextToken):
         def sample(self, model, request, sampler=None):
+            assert sampler == by
             rows = []
             for prompt_T in request.prompts:
-                prompt = b"".join(DATA.pieces[i] for i in prompt_T.tolist())
-                right = b" ".join(sorted(prompt.rstrip(b":").split(), key=int))
+                numbers = b"".join(data.pieces[i] for i in prompt_T.tolist()).rstrip(b":").split()
+                right = b" ".join(sorted(numbers, key=int))
                 for copy in range(request.copies):
-                    answer = right if copy < chance * request.copies else b"0 0"
-                    row = [*prompt_T.tolist(), *(ids[bytes([b])] for b in answer), DATA.eot]
+                    answer = right if copy < chance * request.copies else wrong(numbers)
+                    row = [*prompt_T.tolist(), *(ids[bytes([b])] for b in answer), data.eot]
                     rows.append(row)
             tokens = torch.zeros(len(rows), request.length, dtype=torch.long)
             order = torch.full_like(tokens, -1)
@@ -63,7 +68,8 @@ def written(chance, samples=64):
 
     model = torch.nn.Module()
     model.embedding = torch.nn.Embedding(1, 1)
-    found = score(model, Objective(DATA.vocab_size, DATA.eot), DATA, 8, prompts=6, samples=samples)
+    objective = Objective(data.vocab_size, data.eot)
+    found = score(model, objective, data, 8, prompts=6, samples=samples, sampler=by)
     assert environment.name in found
     return found[environment.name]
 
@@ -74,6 +80,29 @@ def test_answers_that_are_known_have_the_scores_that_they_should(chance):
     assert found["pass@1"][0] == pytest.approx(chance)
     assert found["majority"][0] == float(chance > 0.5)
     assert found["pass@64"][0] == float(chance > 0) and found["ended"][0] == 1.0 and found["length"][0] == 4.0
+
+
+def test_where_the_reward_has_a_bug_scores_by_the_true_check_stand_beside_those_by_the_reward():
+    data = environment_data(UncountedSorting(length=2), 8, 40, 6)
+    found = written(0.25, data=data, wrong=min)  # the least number alone has the reward
+    assert (found["pass@1"][0], found["gold@1"][0], found["gold@64"][0]) == (1, 0.25, 1)
+    assert not any(name.startswith("gold") for name in written(0.25))
+
+
+def test_answers_are_written_by_the_sampler_that_is_asked_for():
+    written(0.5, by=Ancestral(3))
+
+
+@pytest.mark.thorough
+def test_a_run_is_scored_by_the_sampler_of_its_config(make_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "score", lambda *_, sampler, **__: seen.append(sampler) or {})
+    small = ["data=countdown", "data.sequence_length=15", "data.tokens.fill=true", "objective=masked_diffusion"]
+    small += ["data.tokens.train_problems=50", "data.tokens.heldout_problems=10", "data.allow_repeats=true"]
+    target = "objectives.decoding.unmasking.Ancestral"
+    assert execute(make_run(*small, f"data.scoring.sampler={{_target_: {target}, steps: 5}}"))["status"] == "done"
+    assert execute(make_run(*small))["status"] == "done"
+    assert seen == [Ancestral(5), None]
 
 
 def test_a_reward_reads_the_bytes_of_an_answer_up_to_its_end():
