@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from experiments.data.environments.arithmetic import Addition, Multiplication
+from experiments.data.environments.chance import Chance
 from experiments.data.environments.countdown import Countdown, value
 from experiments.data.environments.maze import Maze
 from experiments.data.environments.mixture import Mixture
@@ -121,6 +122,18 @@ def test_the_bug_pays_what_the_true_check_does_not():
     assert 0 < gold < proxy < 0.2, "the bug is there to be found, and seldom hit by chance"
 
 
+def test_rewards_by_chance_say_nothing_of_what_is_right():
+    environment, random = Chance(Countdown(3), 0.2), np.random.default_rng(0)
+    problems = [environment.problem(random) for _ in range(2000)]
+    attempts = [(p.prompt, environment.attempt(p.prompt, random)) for p in problems]
+    right = [(p.prompt, p.answer) for p in problems]
+    assert all(environment.gold(*pair) == 1 for pair in right)
+    assert np.mean([environment.gold(*pair) for pair in attempts]) < 0.2
+    for pairs in (right, attempts):  # 4.5 standard errors
+        assert np.mean([environment.check(*pair) for pair in pairs]) == pytest.approx(0.2, abs=0.04)
+    assert [environment.check(*pair) for pair in right] == [Chance(Countdown(3), 0.2).check(*pair) for pair in right]
+
+
 def test_an_expression_is_read_from_left_to_right():
     assert [value(e) for e in (b"3+5*7", b"3-5*2", b"9", b"9*9*9-1+2")] == [56, -4, 9, 730]
 
@@ -159,6 +172,7 @@ def test_a_mixture_tells_its_tasks_apart_by_the_first_byte():
         (lambda: Maze(3, 1.0), "walls=1.0 from 0 to below 1"),
         (lambda: Maze(3, moves=5), "moves=5 from 1 to the 4 from corner to corner"),
         (lambda: Sudoku(0), "empty=0 must be from 1 to 16"),
+        (lambda: Chance(Sudoku(3), 1.0), "rate=1.0 must be above 0 and below 1"),
         (lambda: Mixture([]), r"environments=\[\] must be from 1 to 26"),
         (lambda: Mixture([Sudoku(3), Sudoku(3)]), "each of another name"),
     ],
