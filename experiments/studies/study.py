@@ -113,11 +113,12 @@ def carry_out(study: Study, stages: Stages, settings: DictConfig, root: Path, ou
             break
         extend_plan(stage, number, root)
         cells += stage
+    runs = {cell.run.id: cell.run for cell in cells}
     open_once: dict[str, TokenData] = {}
     table = pd.DataFrame(
         line
         for cell in track(cells, description="measurements")
-        for line in rows_of(study, cell, rows, settings, open_once)
+        for line in rows_of(study, cell, rows, runs, settings, open_once)
     )
     verdict = study.verdict(table)
     out.mkdir(parents=True, exist_ok=True)
@@ -194,13 +195,22 @@ def changed(path: Path, what: str) -> ValueError:
 
 
 def rows_of(
-    study: Study, cell: Cell, rows: dict[str, dict], settings: DictConfig, open_once: dict[str, TokenData]
+    study: Study,
+    cell: Cell,
+    rows: dict[str, dict],
+    runs: dict[str, Run],
+    settings: DictConfig,
+    open_once: dict[str, TokenData],
 ) -> list[dict]:
-    """The lines of the table that come of one cell; what is measured is kept in the run's folder."""
+    """The lines of the table that come of one cell; what is measured is kept in the run's folder. What its run goes on
+    from has cost flops_before, and the models that it learns from (teachers, rewards) flops_others besides."""
     row = rows[cell.run.id]
     line = cell.labels | {column: row[column] for column in KEPT}
-    if before := flops_before(row, rows):
-        line["flops_before"] = before
+    before = makers([cell.run.init_from] if cell.run.init_from else [], runs)
+    others = makers(cell.run.others.values(), runs) - before
+    for column, ids in (("flops_before", before), ("flops_others", others)):
+        if ids:
+            line[column] = sum(rows[i]["flops"] for i in ids)
     if row["status"] != "done":
         return [line]
     code = code_digest({}, type(study).__module__)
@@ -215,7 +225,11 @@ def rows_of(
     return [line | found for found in json.loads(kept.read_text())]
 
 
-def flops_before(row: dict, rows: dict[str, dict]) -> float:
-    """Training FLOPs of all runs, among these rows by id, that the weights were made by which a run began with."""
-    earlier = rows.get((row["init_from"] or "").partition("-")[0])
-    return 0.0 if earlier is None else earlier["flops"] + flops_before(earlier, rows)
+def makers(folders: Iterable[Path], runs: dict[str, Run]) -> set[str]:
+    """Ids of all runs, among these by id, that the models in these folders were made by: those that trained them, and
+    those that trained what these began with and learnt from."""
+    found = set()
+    for run in (runs[folder.name] for folder in folders if folder.name in runs):
+        began_with = [run.init_from] if run.init_from else []
+        found |= {run.id} | makers([*began_with, *run.others.values()], runs)
+    return found

@@ -70,13 +70,17 @@ class Distillation(Tuning):
 
     def training_flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
         """As in `Objective`, with the teacher's passes and what is written, as long as the window allows."""
-        flops, teacher = self.base.training_flops(model, T, counted), self.teacher
-        if not self.hard:
-            flops += teacher.objective.flops(teacher.model, T, counted)
+        flops = self.base.training_flops(model, T, counted) + self.teaching_flops(T, counted)
         if self.text == "student":
             flops += writing_flops(self.base, model, T, counted, 1, None)
+        return flops
+
+    def teaching_flops(self, T: int, counted: float = 1.0) -> float:
+        """FLOPs of the teacher alone for one document of T tokens, a fraction `counted` of which are predicted."""
+        model, objective = self.teacher.model, self.teacher.objective
+        flops = 0.0 if self.hard else objective.flops(model, T, counted)
         if self.text == "teacher":
-            flops += writing_flops(teacher.objective, teacher.model, T, counted, 1, None)
+            flops += writing_flops(objective, model, T, counted, 1, None)
         return flops
 
     def experience(self, model: LanguageModel, batch: Batch, generator: Generator) -> Batch:

@@ -3,19 +3,21 @@
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import study as command
 from experiments.findings import Estimate, StudyOutcome, Verdict, write_json
 from experiments.harness import training
-from experiments.harness.identity import run_of
+from experiments.harness.identity import Run, run_of
 from experiments.harness.run import execute
 from experiments.studies.index import listing, write_index
-from experiments.studies.study import Cell, Study, carry_out
+from experiments.studies.study import Cell, Study, carry_out, makers
 
 NAMES = command.names()
 
@@ -124,6 +126,20 @@ def test_runs_of_a_stage_go_on_from_those_of_the_one_before(relay, tmp_path):
     for i in range(2, 6):
         config = OmegaConf.load(tmp_path / "runs" / "cells" / table.id[i] / "config.yaml")
         assert config.init_from.partition("-")[0] == table.id[i - 2]
+
+
+def test_a_model_was_made_by_those_that_it_began_with_and_learnt_from():
+    def a_run(number, init_from=None, **others):
+        began_with = None if init_from is None else Path("cells", init_from.id)
+        return Run(DictConfig({"n": number}), Mock(), began_with, {of: Path("cells", r.id) for of, r in others.items()})
+
+    base, judge, stranger = a_run(0), a_run(1), a_run(2)
+    teacher = a_run(3, base, reward=judge)
+    student = a_run(4, base, teacher=teacher)
+    runs = {run.id: run for run in (base, judge, teacher, student)}
+    assert makers([Path("cells", base.id)], runs) == {base.id}
+    assert makers([Path("cells", student.id)], runs) == {*runs}
+    assert makers([Path("cells", stranger.id)], runs) == set()
 
 
 @pytest.mark.thorough
