@@ -176,6 +176,8 @@ def extend_plan(cells: list[Cell], stage: int, root: Path) -> None:
     for cell in cells:
         config = cell.run.config.copy()
         config.init_from = None
+        for name in config.objective.get("models", {}):
+            config.objective.models[name] = None
         identity = run_id(config)
         entry = jsonable(cell.labels | {"id": identity})
         if entry in planned:
