@@ -283,7 +283,8 @@ def test_adapters_of_another_model_or_kind_are_refused(tmp_path):
 @pytest.mark.thorough
 @every
 def test_peft_loads_what_is_saved_and_merges_it_into_the_same_logits(name, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft  # takes seconds
+
     model, x = adapted(name), tokens(2)
     files.save(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base(name), tmp_path)
