@@ -68,10 +68,11 @@ class Evaluations(L.Callback):
 
 
 def scoring(config: DictConfig, data: TokenData, objective: Objective) -> Callable[[LanguageModel], dict] | None:
-    """What scores a model on the tasks of its data; None where there are none, or where it writes nothing."""
-    if data.environment is None or not objective.samplers:
+    """What scores a model on the tasks of its data; None where there are none, where it writes nothing, and where
+    data.scoring is null."""
+    length, settings = config.data.sequence_length, config.data.get("scoring")
+    if data.environment is None or not objective.samplers or settings is None:
         return None
-    length, settings = config.data.sequence_length, config.data.scoring
     return functools.partial(
         score,
         objective=objective,

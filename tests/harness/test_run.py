@@ -218,6 +218,15 @@ def test_an_objective_that_a_mixer_cannot_serve_is_refused_in_a_sentence(make_ru
         prepare_run(make_run("arch=gated_delta_hybrid", "objective=masked_diffusion"), data)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("scoring", ["{prompts: 4, samples: 2}", "null"])
+def test_a_run_is_scored_by_its_tasks_unless_scoring_is_null(make_run, scoring):
+    problems = "data.tokens.train_problems=64", "data.tokens.heldout_problems=16", "data.sequence_length=15"
+    row = execute(make_run("data=countdown", *problems, "data.allow_repeats=true", f"data.scoring={scoring}"))
+    assert row["status"] == "done", row["error"]
+    assert (row["tasks"] is None) == (scoring == "null")
+
+
 def test_the_row_is_plain_json(make_run, data):
     assert json.loads(json.dumps(execute(make_run(), data), allow_nan=False))["status"] == "done"
 
