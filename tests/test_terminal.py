@@ -32,7 +32,7 @@ def train_command(monkeypatch, tmp_path):
         ("arch=transfomer", "arch=transfomer is not known: did you mean transformer?"),
         ("data=quux", "data=quux is not known: choose one of addition, associative_recall, base"),
         ("arch.widht=16", "arch.widht is no setting: did you mean width?"),
-        ("nothing=1", "nothing is no setting: choose one of arch, budget, data"),
+        ("nothing=1", "nothing is no setting: choose one of adapter, arch, budget, data"),
         ("arch.model.mixers.attention.window=8", "+arch.model.mixers.attention.window=..."),
         ("hydra/launcher=submitit_slurm", "others come with packages, such as hydra-submitit-launcher"),
         ("budget.flops=[1,", "budget.flops=[1, cannot be read: write name=value"),
