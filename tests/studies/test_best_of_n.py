@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.enumeration import SEQUENCES, generator, rewards
 from experiments.studies.best_of_n import divergence, expected_best
-from tests.objectives.post_training.tables import SEQUENCES, generator, rewards
 
 P = torch.randn(len(SEQUENCES), generator=generator(), dtype=torch.float64).softmax(0).numpy()
 GOLD = rewards().numpy()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from experiments.data.hidden_markov import FLOOR, HiddenMarkovLanguage
+from experiments.enumeration import END, SEQUENCES, START, L, Table, V
 from experiments.findings import Estimate
 from experiments.fits.over_optimisation import reward_at
 from experiments.studies.over_optimisation import OverOptimisation, gold_reward, moved, points_of, share, trend
 from objectives.contracts import Batch
 from objectives.next_token import NextToken
-from tests.objectives.post_training.tables import END, SEQUENCES, START, L, Table, V
 
 LANGUAGE = HiddenMarkovLanguage(4, 6, concentration=0.2, seed=0)
 STUDY = OverOptimisation(
