@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
+from experiments.findings import number
 from experiments.harness.identity import run_of
 from experiments.harness.training import EVALUATIONS
 from experiments.harness.weights import FinishedRun
@@ -110,4 +112,7 @@ def draw(panels: Sequence[Axes], rows: pd.DataFrame, arms: Sequence[str], x: str
             mean = runs.groupby("step")[[x, column]].mean()
             axes.plot(mean[x], mean[column], label=arm.replace("_", " "), **look)
         axes.set(xscale="log", title=title, xlabel=label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: number(value, 1))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
