@@ -37,9 +37,10 @@ LITTLE = 1e-4  # beside a standard deviation that may be 0, as in GRPO
 class KLPenalty:
     """Keeps the policy near the model before the first step.
 
-    coefficient: of the divergence; 0 to watch it in TensorBoard and no more. estimator: see `kl_estimate`. place: "reward" takes it off the reward, with all of
-    its gradient in the policy's own; "loss" adds its own gradient to the loss, token by token: that of each next token
-    given the text so far, and not of which text is then come to (Liu et al., arXiv 2510.01555).
+    coefficient: of the divergence; 0 to watch it in TensorBoard and no more. estimator: see `kl_estimate`. place:
+    "reward" takes it off the reward, with all of its gradient in the policy's own; "loss" adds its own gradient to the
+    loss, token by token: that of each next token given the text so far, and not of which text is then come to (Liu et
+    al., arXiv 2510.01555).
     """
 
     coefficient: float
