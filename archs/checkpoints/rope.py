@@ -92,6 +92,8 @@ def _scaling(
     if kind == "default":
         return None
     factor = rope["factor"]
+    if not factor >= 1:
+        refuse("a factor of at least 1 is")
     if kind == "linear":
         return Linear(factor)
     original = rope.get("original_max_position_embeddings") or settings.take("max_position_embeddings")
