@@ -14,7 +14,7 @@ help:  ## list these targets
 
 setup: $(READY)  ## make .venv with everything that the tests and the sweep need
 
-check: $(READY)  ## formatting, lint, types and the quick tests: about a minute
+check: $(READY)  ## formatting, lint, types and the quick tests: about two minutes
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none & types=$$!; \
