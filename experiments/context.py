@@ -1,6 +1,6 @@
-"""What a finished run makes of its context: python -m experiments.context run=runs/cells/<id> 'lengths=[256,1024]'
+"""Print what a run makes of its context: python -m experiments.context run=runs/cells/<id> 'lengths=[256,1024]'
 
-Prints held-out bits per byte by the position in a window, or by=distance the fraction of answers recalled by the
+That is held-out bits per byte by the position in a window, or by=distance the fraction of answers recalled by the
 distance to what is asked for, in windows of each length. The run may have been trained with another.
 """
 

@@ -2,7 +2,7 @@
 they write, and the gradients of these, are sums and not estimates.
 
 Shape letters: B sequences, T tokens, L tokens of a sequence, V token ids, M ways of writing (a sequence and an order),
-    P pairs of answers.
+    P pairs of answers, N sequences whose reward is known.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from objectives.contracts import Batch, Objective
 from objectives.post_training.policy_gradient import PolicyGradient
 from objectives.post_training.sampled_likelihood import SampledLikelihood
+from objectives.post_training.tuning import Reward
 
 V, L = 3, 3
 START = MASK = V
@@ -68,6 +69,20 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a, b, dim=0).item()
 
 
+class Known(Reward):
+    """Rewards [N] of sequences [N, L], looked up."""
+
+    def __init__(self, tokens_NL: Tensor, reward_N: Tensor):
+        self.tokens_NL, self.reward_N = tokens_NL, reward_N
+
+    def __call__(self, tokens_BT: Tensor, drawn_BT: Tensor) -> Tensor:
+        found_BN = (tokens_BT[:, None] == self.tokens_NL).all(-1)
+        return self.reward_N[found_BN.byte().argmax(1)]
+
+    def flops(self, T: int) -> float:
+        return 0.0
+
+
 def answers(ending: bool) -> tuple[Tensor, Tensor]:
     """All answers, and which of their tokens count: all of them, or those up to the first end."""
     if not ending:
@@ -82,13 +97,12 @@ def log_probs(base: Objective, model: Any, tokens_BT: Tensor, counted_BT: Tensor
     return -base.nats(model, Batch(tokens_BT, counted_BT.double()), generator()).sum(1)
 
 
-def group_gradient(
-    objective: PolicyGradient, model: Any, tokens_BT: Tensor, counted_BT: Tensor, reward_B: Tensor
-) -> Tensor:
+def group_gradient(objective: PolicyGradient, model: Any, tokens_BT: Tensor, counted_BT: Tensor) -> Tensor:
     """The expected gradient of what a policy gradient increases, over all groups of two that the policy may write."""
     p_B = log_probs(objective.base, model, tokens_BT, counted_BT).exp().detach()
     pairs_P2 = torch.tensor(list(itertools.product(range(len(tokens_BT)), repeat=2)))
     weight_P1 = p_B[pairs_P2].prod(1, keepdim=True) * len(pairs_P2)
+    reward_B = objective.reward(tokens_BT, counted_BT)
     advantage_P2, rows = objective.advantages(reward_B[pairs_P2]) * weight_P1, pairs_P2.flatten()
     extras = {"order": torch.zeros_like(tokens_BT[rows]), "seed": torch.zeros_like(rows)}
     extras["advantage"] = advantage_P2.flatten()

@@ -24,6 +24,7 @@ from experiments.enumeration import (
     ORDERS,
     SEQUENCES,
     START,
+    Known,
     L,
     Table,
     V,
@@ -46,7 +47,6 @@ from objectives.masked_diffusion import MaskedDiffusion
 from objectives.next_token import NextToken
 from objectives.post_training.policy_gradient import PolicyGradient
 from objectives.post_training.sampled_likelihood import Coupled, Exact, OneStep, Trajectory
-from objectives.post_training.tuning import Reward
 
 LIKELIHOODS = {"trajectory": Trajectory(), "bound": None, "coupled": Coupled(), "one_step": OneStep()}
 DRAWS = 400  # of the fractions and masks of coupled passes
@@ -61,16 +61,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "mean and standard deviation of the group": {"baseline": "group", "scale": "group"},
     "both (GRPO)": {"baseline": "group", "scale": "group", "normaliser": "length"},
 }
-
-
-class Unasked(Reward):
-    """Stands where rewards are given beforehand."""
-
-    def __call__(self, tokens_BT: torch.Tensor, drawn_BT: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("rewards are given with what was written")
-
-    def flops(self, T: int) -> float:
-        return 0.0
 
 
 def angles(model: Table, reward: torch.Tensor) -> dict[str, float]:
@@ -135,7 +125,6 @@ def measured_choices(policies: int) -> pd.DataFrame:
     long, of answers that end early, and for rewards of 0 and 1 of those."""
     base, rows = NextToken(vocab_size=V, eot=START), []
     for name, options in CHOICES.items():
-        objective = PolicyGradient(base, END, Unasked(), Exact(), group=2, **options)
         found = {"fixed_length": [], "ending": [], "ending_right_or_wrong": []}
         for column, cosines in found.items():
             tokens_BT, counted_BT = answers("ending" in column)
@@ -144,7 +133,8 @@ def measured_choices(policies: int) -> pd.DataFrame:
                 reward_B = (reward_B > 0.5).double() if "right" in column else reward_B
                 p_B = log_probs(base, model, tokens_BT, counted_BT).exp()
                 exact = gradient((p_B * reward_B).sum(), model)
-                cosines.append(cosine(group_gradient(objective, model, tokens_BT, counted_BT, reward_B), exact))
+                objective = PolicyGradient(base, END, Known(tokens_BT, reward_B), Exact(), group=2, **options)
+                cosines.append(cosine(group_gradient(objective, model, tokens_BT, counted_BT), exact))
         rows.append({"choice": name} | {column: np.mean(cosines) for column, cosines in found.items()})
     return pd.DataFrame(rows)
 

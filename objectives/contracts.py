@@ -142,6 +142,12 @@ class Samples:
     evaluations: float
     predictions: float
 
+    @cached_property
+    def answers_BT(self) -> Tensor:
+        """True at the tokens that were drawn, up to the first stop token among them, it included."""
+        place_T = torch.arange(self.order_BT.shape[1], device=self.order_BT.device)
+        return (self.order_BT >= 0) & (place_T < self.lengths_B[:, None])
+
 
 @dataclass(frozen=True, eq=False)
 class Predictions:

@@ -106,13 +106,11 @@ class MaskedDiffusion(Objective):
         starts = None if batch.starts_BT is None else torch.cat([batch.starts_BT] * 2)
         both = Batch(torch.cat([batch.tokens_BT] * 2), torch.cat([batch.weights_BT] * 2), starts)
         logits_NV = self._logits(model, both, torch.cat([where_BT, rest_BT]), torch.cat([p_B, 1 - p_B]))
-        # In the order of the batch: each token that counts is in one of the two readings.
-        place_BT = torch.zeros_like(batch.tokens_BT)
-        numbers = torch.arange(len(logits_NV), device=device).split([int(where_BT.sum()), int(rest_BT.sum())])
-        for here_BT, number_N in zip((where_BT, rest_BT), numbers, strict=True):
-            place_BT[here_BT] = number_N
+        # Each token that counts is in one of the two readings; they are brought into the order of the batch.
+        first_N = masked_BT[batch.counted_BT]
+        order_N = torch.cat([first_N.nonzero()[:, 0], (~first_N).nonzero()[:, 0]]).argsort()
         weights_BT = torch.where(masked_BT, weight_B1, rest_B1) / 2
-        return Predictions(logits_NV[place_BT[batch.counted_BT]], batch.counted_BT, weights_BT)
+        return Predictions(logits_NV[order_N], batch.counted_BT, weights_BT)
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`: a one-draw estimate of the bound, or of what `weighting` says."""

@@ -24,7 +24,7 @@ RESERVED = b"\0" + b"".join(ROLES.values()) + END  # padding and markers, which 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says."""
+    """A turn of a conversation: the side that speaks, and its text."""
 
     role: str
     text: bytes

@@ -1,4 +1,4 @@
-"""Where documents and rows come from: the standard library, files, or a data set of the Hugging Face hub."""
+"""Sources of documents and rows: the standard library, files, or a data set of the Hugging Face hub."""
 
 import bz2
 import gzip
@@ -36,7 +36,7 @@ Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its fi
 
 
 class Table(Protocol):
-    """Where rows come from."""
+    """A source of rows."""
 
     name: str
 

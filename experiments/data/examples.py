@@ -59,7 +59,8 @@ class ByteVocabulary:
 
 
 def held_out(key: bytes, fraction: float) -> bool:
-    """Whether the sha256 of the key, read as a number in [0, 1), is below the fraction (as in `token_data.prepare`)."""
+    """Returns whether the sha256 of the key, read as a number in [0, 1), is below the fraction, as in
+    `token_data.prepare`."""
     return int.from_bytes(hashlib.sha256(key).digest(), "big") < math.floor(fraction * 2**256)
 
 

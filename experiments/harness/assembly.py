@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -19,6 +18,7 @@ from experiments.harness.schedules import Schedule
 from experiments.harness.trainer import Trainer
 from experiments.harness.weights import load_trained
 from objectives.contracts import Objective
+from objectives.post_training.tuning import Trained
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ class Prepared:
         )
 
 
-def measure(config: DictConfig, data: TokenData, others: Mapping[str, Path] = MappingProxyType({})) -> Measured:
-    """Costs of a run's model, which is built on the meta device. others: folders of the runs whose models its objective
-    asks for (`Run.others`).
+def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] = MappingProxyType({})) -> Measured:
+    """Costs of a run's model, which is built on the meta device. trained: the models that its objective asks for, by
+    name.
 
     Raises:
         ValueError: when backbone and objective, or objective and length, do not go together.
     """
-    trained = {name: load_trained(folder) for name, folder in others.items()}
     if data.filled and config.data.packed:
         raise ValueError(
             f"data.packed=true would set apart each end that fills a window of {data.name}: set data.packed=false"
@@ -117,7 +116,7 @@ def prepare_run(run: Run, data: TokenData) -> Prepared:
     config = run.config
     trainer: Trainer = build(config.trainer)
     schedule: Schedule = build(config.schedule)
-    measured = measure(config, data, run.others)
+    measured = measure(config, data, load_trained(run.others))
     allocation, device = spend(config, data, measured), trainer.device()
     precision = trainer.precision_on(device, config.arch.width)
     compiled = trainer.compiles(device, allocation.flops)

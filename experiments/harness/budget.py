@@ -24,6 +24,14 @@ class Allocation:
     def flops(self) -> float:
         return self.flops_per_token * self.tokens + self.flops_per_step * self.steps
 
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the steps before a step."""
+        return self.first_sequence(step) * self.sequence_length
+
+    def flops_before(self, step: int) -> float:
+        """FLOPs of the steps before a step."""
+        return self.flops_per_token * self.tokens_before(step) + self.flops_per_step * step
+
     def first_sequence(self, step: int) -> int:
         """Number of the first sequence of a step; steps differ by one group at most."""
         return step * (self.sequences // self.group) // self.steps * self.group

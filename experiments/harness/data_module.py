@@ -36,30 +36,38 @@ class DataModule(L.LightningDataModule):
         self.answers = None if marks is None else TrainWindows(marks, allocation.sequence_length, seed, data.group)
         self.evaluation_batch = evaluation_batch
 
-    def batch(self, tokens_BT: Tensor, answers_BT: Tensor | None) -> Batch:
-        """These windows with their weights and, where they are packed, the starts of their documents."""
-        batch = Batch.of(tokens_BT)
-        if answers_BT is not None:
-            batch = replace(batch, weights_BT=answers_BT.float())
-        return replace(batch, starts_BT=document_starts(tokens_BT, self.data.eot)) if self.packed else batch
-
     def train_dataloader(self) -> "TrainBatches":
         return TrainBatches(self, 0 if self.trainer is None else self.trainer.global_step)
 
     def val_dataloader(self) -> DataLoader:
-        """All held-out tokens once: full windows in batches, then the shorter rest by itself."""
-        tokens, answers = self._in_order(self.data.heldout), self._in_order(self.data.heldout_answers)
-        batches: Any = list(map(self.batch, tokens, answers or [None] * len(tokens)))
+        """All held-out tokens once (see `heldout_batches`)."""
+        length = self.allocation.sequence_length
+        batches: Any = heldout_batches(self.data, length, self.packed, self.evaluation_batch)
         return DataLoader(batches, batch_size=None)
 
-    def _in_order(self, stream: np.ndarray | None) -> list[Tensor]:
+
+def heldout_batches(data: TokenData, sequence_length: int, packed: bool, at_once: int) -> list[Batch]:
+    """Return all held-out tokens once: full windows, at most `at_once` together or one group of them, and then the
+    shorter rest by itself."""
+    size = max(1, at_once // data.group) * data.group
+
+    def in_order(stream: np.ndarray | None) -> list[Tensor]:
         if stream is None:
             return []
-        full_NT, tail_1T = heldout_windows(stream, self.allocation.sequence_length)
-        group = self.data.group
-        size = max(1, self.evaluation_batch // group) * group
-        batches = list(full_NT.split(size)) if len(full_NT) else []
-        return batches + ([] if tail_1T is None else [tail_1T])
+        full_NT, tail_1T = heldout_windows(stream, sequence_length)
+        return [*(full_NT.split(size) if len(full_NT) else []), *([] if tail_1T is None else [tail_1T])]
+
+    tokens, answers = in_order(data.heldout), in_order(data.heldout_answers)
+    pairs = zip(tokens, answers or [None] * len(tokens), strict=True)
+    return [batch_of(data, packed, tokens_BT, answers_BT) for tokens_BT, answers_BT in pairs]
+
+
+def batch_of(data: TokenData, packed: bool, tokens_BT: Tensor, answers_BT: Tensor | None) -> Batch:
+    """Return windows with their weights and, where they are packed, the starts of their documents."""
+    batch = Batch.of(tokens_BT)
+    if answers_BT is not None:
+        batch = replace(batch, weights_BT=answers_BT.float())
+    return replace(batch, starts_BT=document_starts(tokens_BT, data.eot)) if packed else batch
 
 
 class TrainBatches:
@@ -78,4 +86,5 @@ class TrainBatches:
             first, end = (allocation.first_sequence(s) for s in (step, step + 1))
             answers = self.module.answers
             answers_BT = None if answers is None else answers.batch(first, end - first)
-            yield self.module.batch(self.module.windows.batch(first, end - first), answers_BT)
+            tokens_BT = self.module.windows.batch(first, end - first)
+            yield batch_of(self.module.data, self.module.packed, tokens_BT, answers_BT)

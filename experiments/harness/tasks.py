@@ -64,6 +64,20 @@ def texts_of(data: TokenData, tokens_BT: Tensor, answer_BT: Tensor) -> list[tupl
     return found
 
 
+def heldout_problems(data: TokenData, sequence_length: int) -> Batch:
+    """Return all held-out problems with their answers, one to a window; of windows that stand together, each of which
+    has the same prompt, the first.
+
+    Raises:
+        ValueError: for data that mark no answers.
+    """
+    if data.heldout_answers is None:
+        raise ValueError(f"{data.name} marks no answers: choose data that does, such as data=countdown")
+    streams = (data.heldout, data.heldout_answers)
+    tokens, marks = (heldout_windows(x, sequence_length)[0][:: data.group] for x in streams)
+    return Batch(tokens, marks.float())
+
+
 def score(
     model: LanguageModel,
     objective: Objective,
@@ -85,24 +99,20 @@ def score(
         ValueError: for data without an environment.
     """
     environment = data.environment
-    if environment is None or data.heldout_answers is None:
+    if environment is None:
         raise ValueError(f"{data.name} has no environment that could check an answer")
-    # Of windows that stand together, each of which has the same prompt, the first.
-    streams = (data.heldout, data.heldout_answers)
-    windows, marks = (heldout_windows(x, sequence_length)[0][:: data.group] for x in streams)
-    asked = Batch(windows[:prompts], marks[:prompts].float())
+    questions = prompts_of(heldout_problems(data, sequence_length))[:prompts]
     values: dict[str, list[dict[str, float]]] = defaultdict(list)
-    generator, questions = torch.Generator().manual_seed(SCORING_SEED), prompts_of(asked)
+    generator, at_once = torch.Generator().manual_seed(SCORING_SEED), max(1, AT_ONCE // samples)
     device = model.embedding.weight.device
-    for start in range(0, len(questions), max(1, AT_ONCE // samples)):
-        some = [prompt_T.to(device) for prompt_T in questions[start : start + max(1, AT_ONCE // samples)]]
+    for start in range(0, len(questions), at_once):
+        some = [prompt_T.to(device) for prompt_T in questions[start : start + at_once]]
         with evaluating(model):
             written = objective.sample(
                 model, Request(some, sequence_length, generator, copies=samples, stop=(data.eot,)), sampler
             )
-        lengths_B = written.lengths_B.cpu()
-        answer_BT = (written.order_BT.cpu() >= 0) & (torch.arange(sequence_length) < lengths_B[:, None])
-        ended_B = (answer_BT & (written.tokens_BT.cpu() == data.eot)).any(1)
+        answer_BT = written.answers_BT
+        ended_B = (answer_BT & (written.tokens_BT == data.eot)).any(1)
         texts = texts_of(data, written.tokens_BT, answer_BT)
         for p in range(0, len(texts), samples):
             here = slice(p, p + samples)

@@ -60,7 +60,7 @@ class Telemetry(L.Callback):
                 learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
                 tokens_per_second=batch.tokens_BT.numel() / seconds,
                 model_flops_utilisation=flops_per_second / self.peak_flops,
-                petaflops=self.tokens(trainer.global_step) * self.allocation.flops_per_token / 1e15,
+                petaflops=self.allocation.tokens_before(trainer.global_step) * self.allocation.flops_per_token / 1e15,
                 **{name: loss.item() for name, loss in pl_module.auxiliary_losses.items()},
                 **pl_module.model.telemetry(),
                 **pl_module.objective.telemetry(),
@@ -75,13 +75,11 @@ class Telemetry(L.Callback):
         for task, score in pl_module.scores.items():
             self.write(f"task/{task}", trainer.global_step, **{name: estimate[0] for name, estimate in score.items()})
 
-    def tokens(self, step: int) -> int:
-        return self.allocation.first_sequence(step) * self.allocation.sequence_length
-
     def write(self, group: str, step: int, **scalars: float) -> None:
         """Scalars with the step as x axis, and again with tokens and with megaFLOPs as x axes."""
-        megaflops = round(self.tokens(step) * self.allocation.flops_per_token / 1e6)
-        for axis, x in (("", step), ("_by_tokens", self.tokens(step)), ("_by_megaflops", megaflops)):
+        tokens = self.allocation.tokens_before(step)
+        megaflops = round(tokens * self.allocation.flops_per_token / 1e6)
+        for axis, x in (("", step), ("_by_tokens", tokens), ("_by_megaflops", megaflops)):
             for name, value in scalars.items():
                 self.writer.add_scalar(f"{group}{axis}/{name}", value, x)
 

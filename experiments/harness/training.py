@@ -59,17 +59,15 @@ class Evaluations(L.Callback):
         self.path, self.allocation = folder / EVALUATIONS, allocation
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        step, allocation = trainer.global_step, self.allocation
-        tokens = allocation.first_sequence(step) * allocation.sequence_length
-        flops = allocation.flops_per_token * tokens + allocation.flops_per_step * step
+        step, flops = trainer.global_step, self.allocation.flops_before(trainer.global_step)
         found = {"step": step, "flops": flops, "bits_per_byte": pl_module.bits_per_byte, "tasks": pl_module.scores}
         with open(self.path, "a") as file:
             file.write(json.dumps(found) + "\n")
 
 
 def scoring(config: DictConfig, data: TokenData, objective: Objective) -> Callable[[LanguageModel], dict] | None:
-    """What scores a model on the tasks of its data; None where there are none, where it writes nothing, and where
-    data.scoring is null."""
+    """Returns what scores a model on the tasks of its data; None where there are none, where it writes nothing, and
+    where data.scoring is null."""
     length, settings = config.data.sequence_length, config.data.get("scoring")
     if data.environment is None or not objective.samplers or settings is None:
         return None

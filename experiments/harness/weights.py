@@ -1,7 +1,7 @@
 """Weights on disk: those of a finished run, and those that a run begins with."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +56,10 @@ def load_run(folder: Path, data: TokenData | None = None, trusted: Collection[st
     return FinishedRun(config, model.eval(), objective, data)
 
 
-def load_trained(folder: Path) -> Trained:
-    """Return the model of a finished run, for another run's objective."""
-    run = load_run(folder)
-    return Trained(run.model, run.objective)
+def load_trained(folders: Mapping[str, Path]) -> dict[str, Trained]:
+    """Return the models of finished runs, by name, for another run's objective."""
+    runs = {name: load_run(folder) for name, folder in folders.items()}
+    return {name: Trained(run.model, run.objective) for name, run in runs.items()}
 
 
 def save_weights(model: LanguageModel, path: Path) -> None:

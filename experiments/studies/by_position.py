@@ -1,5 +1,5 @@
-"""What a trained model makes of its context: bits per byte by the position in a window, and recall by the distance to
-what is recalled.
+"""Reports of what a trained model makes of its context: bits per byte by the position in a window, and recall by the
+distance to what is recalled.
 
 Shape letters: B windows, T tokens, K ranges of positions or distances, V token ids, N tokens that count.
 """
@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Generator, Tensor
 
-from experiments.data.windows import document_starts, heldout_windows
+from experiments.harness.data_module import heldout_batches
 from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from objectives.contracts import Batch
@@ -106,20 +106,10 @@ def distances(tokens_BT: Tensor, answers_BT: Tensor, name: str) -> Tensor:
 
 def _windows(finished: FinishedRun) -> Iterator[Batch]:
     """All held-out tokens once, as evaluation cuts them, on the model's device."""
-    data, settings = finished.data, finished.config.data
-    rows, device = max(1, TOKENS_AT_ONCE // settings.sequence_length), next(finished.model.parameters()).device
-    marks = data.heldout_answers
-    streams = [data.heldout] if marks is None else [data.heldout, marks]
-    for parts in zip(*(heldout_windows(stream, settings.sequence_length) for stream in streams), strict=True):
-        if parts[0] is None:
-            continue
-        for tokens_BT, *answers in zip(*(part.split(rows) for part in parts), strict=True):
-            batch = Batch.of(tokens_BT)
-            if answers:
-                batch = replace(batch, weights_BT=answers[0].float())
-            if settings.packed:
-                batch = replace(batch, starts_BT=document_starts(tokens_BT, data.eot))
-            yield batch.to(device)
+    length, packed = finished.config.data.sequence_length, finished.config.data.packed
+    device = next(finished.model.parameters()).device
+    for batch in heldout_batches(finished.data, length, packed, TOKENS_AT_ONCE // length):
+        yield batch.to(device)
 
 
 def _powers(number: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.findings import Estimate, Verdict
 from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
-from experiments.harness.weights import FinishedRun
+from experiments.harness.weights import FinishedRun, load_trained
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Stages, Study
@@ -73,7 +73,7 @@ class Distilled(Study):
         passes."""
         if (nats := finished.data.heldout_entropy) is None:
             raise ValueError(f"{finished.data.name} has no known entropy: choose data that has, as data=hidden_markov")
-        run, share = measure(cell.run.config, finished.data, cell.run.others), 0.0
+        run, share = measure(cell.run.config, finished.data, load_trained(cell.run.others)), 0.0
         if isinstance(run.objective, Distillation):
             T = finished.config.data.sequence_length
             share = run.objective.teaching_flops(T, finished.data.counted) / T / run.costs.flops_per_token

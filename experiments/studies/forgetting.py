@@ -1,7 +1,7 @@
 """What is forgotten for what is gained: one base tuned to a new task by several methods of equal FLOPs (Shenfeld et
 al., "RL's Razor", arXiv 2509.04259, at playground size).
 
-Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch, P held-out prompts.
+Shape letters: P held-out prompts.
 """
 
 import math
@@ -13,20 +13,18 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
-from experiments.data.windows import heldout_windows
 from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.harness.parts import build
-from experiments.harness.tasks import score
+from experiments.harness.tasks import heldout_problems, score
 from experiments.harness.weights import FinishedRun, load_run
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.study import Cell, Compose, Stages, Study
 from objectives.contracts import Batch, Objective, Request
-from objectives.post_training.divergences import kl
+from objectives.post_training.divergences import written_kl
 from objectives.post_training.tuning import prompts_of
 
 BASE, TEACHER = "base", "teacher"
@@ -193,38 +191,17 @@ def forgotten_at_equal_gain(models: pd.DataFrame) -> tuple[float, pd.Series]:
 
 def heldout_nats(model: LanguageModel, objective: Objective, data: TokenData, length: int) -> float:
     """-log p of all held-out answers."""
-    likelihood = objective.evaluate(model, heldout_batch(data, length), torch.Generator().manual_seed(0))
+    likelihood = objective.evaluate(model, heldout_problems(data, length), torch.Generator().manual_seed(0))
     return likelihood.nats_B.sum().item()
 
 
-def heldout_batch(data: TokenData, length: int) -> Batch:
-    """All held-out problems, one to a window.
-
-    Raises:
-        ValueError: for data that mark no answers.
-    """
-    if data.heldout_answers is None:
-        raise ValueError(f"{data.name} marks no answers: choose data that does, such as data=countdown")
-    tokens, marks = (heldout_windows(x, length)[0] for x in (data.heldout, data.heldout_answers))
-    return Batch(tokens, marks.float())
-
-
-@torch.no_grad()
 def divergence(
     writer: LanguageModel, other: LanguageModel, objective: Objective, data: TokenData, length: int
 ) -> tuple[float, float]:
     """KL(writer || other) in nats per answer to the held-out prompts, one of each of which is drawn from the writer,
-    and its standard error over prompts. Token by token it is the divergence of the whole distributions, whose sum over
-    an answer has the mean of log writer - log other and varies less."""
-    prompts = prompts_of(heldout_batch(data, length))
+    and its standard error over prompts."""
+    prompts = prompts_of(heldout_problems(data, length))
     request = Request(prompts, length, torch.Generator().manual_seed(0), stop=(data.eot,))
     written = objective.sample(writer, request)
-    answer_BT = (written.order_BT >= 0) & (torch.arange(length) < written.lengths_B[:, None])
-    batch = Batch(written.tokens_BT, answer_BT.float())
-
-    def log_probs(model: LanguageModel) -> Tensor:
-        return objective.logits(model, batch).double().log_softmax(-1)
-
-    nats_N = kl(log_probs(writer), log_probs(other))
-    nats_P = nats_N.new_zeros(answer_BT.shape).masked_scatter(answer_BT, nats_N).sum(1)
+    nats_P = written_kl(writer, other, objective, Batch(written.tokens_BT, written.answers_BT.float()))
     return nats_P.mean().item(), (nats_P.std() / len(nats_P) ** 0.5).item()

@@ -19,21 +19,20 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
-from archs.language_model import LanguageModel
 from experiments.data.hidden_markov import FLOOR, HiddenMarkovLanguage
 from experiments.findings import Estimate, Verdict
 from experiments.fits.over_optimisation import Curve, Law, coefficients, explained, fit_law, peak, reward_at
 from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
-from experiments.harness.weights import FinishedRun, load_run
+from experiments.harness.weights import FinishedRun, load_run, load_trained
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.best_of_n import divergence, expected_best
 from experiments.studies.recall import rank_correlation
 from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Stages, Study
-from objectives.contracts import Batch, Objective, Request
-from objectives.post_training.divergences import kl
+from objectives.contracts import Batch, Request
+from objectives.post_training.divergences import written_kl
 from objectives.post_training.reward_model import LearntReward
 from objectives.post_training.tuning import Trained
 
@@ -122,7 +121,7 @@ class OverOptimisation(Study):
         risen_B = gold_B - start(base, self.answers)[1]
         return [
             {
-                "kl": moved(finished.model, start_run(base).model, finished.objective, written),
+                "kl": float(written_kl(finished.model, start_run(base).model, finished.objective, written).mean()),
                 "gold": float(risen_B.mean()),
                 "gold_se": float(risen_B.std(ddof=1) / len(risen_B) ** 0.5),
                 "proxy": float(judged(proxy, written).mean() - before),
@@ -238,7 +237,7 @@ def share(law: Law, points: pd.DataFrame) -> float:
 
 def flops_per_step(config: DictConfig, reward: Path | None = None) -> float:
     """FLOPs of one whole step of a run. reward: folder of the reward model that it asks for."""
-    measured = measure(config, open_data(config), {} if reward is None else {"reward": reward})
+    measured = measure(config, open_data(config), load_trained({} if reward is None else {"reward": reward}))
     return measured.costs.flops_per_token * config.budget.batch_tokens + measured.flops_per_step
 
 
@@ -247,7 +246,7 @@ def answers(run: FinishedRun, number: int) -> tuple[Batch, np.ndarray]:
     T, nothing = run.config.data.sequence_length, torch.zeros(0, dtype=torch.long)
     request = Request([nothing], T, torch.Generator().manual_seed(0), copies=number, stop=(run.data.eot,))
     samples = run.objective.sample(run.model, request)
-    written = Batch(samples.tokens_BT, (torch.arange(T) < samples.lengths_B[:, None]).float())
+    written = Batch(samples.tokens_BT, samples.answers_BT.float())
     return written, gold_reward(instantiate(run.config.data.tokens.language), written).numpy()
 
 
@@ -266,14 +265,6 @@ def judged(proxy: FinishedRun, written: Batch) -> np.ndarray:
     reward = LearntReward(Trained(proxy.model, proxy.objective))
     parts = zip(written.tokens_BT.split(AT_ONCE), written.counted_BT.split(AT_ONCE), strict=True)
     return torch.cat([reward(*part) for part in parts]).numpy() * proxy.config.data.tokens.temperature
-
-
-@torch.no_grad()
-def moved(policy: LanguageModel, base: LanguageModel, objective: Objective, written: Batch) -> float:
-    """KL(policy || base) in nats of an answer, from answers of the policy: the sum over their tokens of the divergence
-    of the next token's distributions, which has no bias and varies less than the log-ratio of what was drawn."""
-    log_p_NV, log_base_NV = (objective.logits(model, written).double().log_softmax(-1) for model in (policy, base))
-    return float(kl(log_p_NV, log_base_NV).sum() / len(written.tokens_BT))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from omegaconf import DictConfig
 from experiments.data.token_data import TokenData
 from experiments.harness.assembly import Measured, measure, spend
 from experiments.harness.identity import models_of, plain, run_of
+from experiments.harness.weights import load_trained
 from experiments.scaling.design import BROKEN, Addition, Cell, Corpus, Design
+from objectives.post_training.tuning import Trained
 
 LAID_BLINDLY = 2  # fitted budgets whose sizes are laid around the guess N*, even where later ones are not
 SETTINGS = ("sizes", "span", "seeds", "holdout", "tuning", "recentre", "widen", "above_entropy")  # by which cells come
@@ -117,14 +120,18 @@ class Arm:
             self.ids[cell] = run_of(self.configure(cell)).id
         return self.ids[cell]
 
+    @cached_property
+    def trained(self) -> dict[str, Trained]:
+        """The models that the arm's objective asks for, by name, which are the same for every width."""
+        models = models_of(plain(self.config.objective), Path(self.config.session.root))
+        return load_trained({name: folder for name, (folder, _) in models.items()})
+
     def measure(self, width: int) -> Measured:
         """Costs of the arm's model of this width."""
         if width not in self.measured:
             config = self.config.copy()
             config.arch.width = width
-            models = models_of(plain(config.objective), Path(config.session.root))
-            others = {name: folder for name, (folder, _) in models.items()}
-            self.measured[width] = measure(config, self.data, others)
+            self.measured[width] = measure(config, self.data, self.trained)
         return self.measured[width]
 
     def params(self, width: int) -> int:

@@ -92,9 +92,7 @@ class Distillation(Tuning):
         with evaluating(writer.model):
             request = Request(prompts_of(batch), T, generator, stop=(self.eot,))
             samples = writer.objective.sample(writer.model, request)
-        place_T = torch.arange(T, device=samples.lengths_B.device)
-        answer_BT = (samples.order_BT >= 0) & (place_T < samples.lengths_B[:, None])
-        return Batch(samples.tokens_BT, answer_BT.float())
+        return Batch(samples.tokens_BT, samples.answers_BT.float())
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`: nats of divergence per token that counts."""

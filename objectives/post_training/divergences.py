@@ -1,12 +1,14 @@
 """Estimates of how far a policy has moved from a reference, from its own samples.
 
-Shape letters: any shape [...]; V token ids.
+Shape letters: any shape [...]; B sequences, T tokens, V token ids, N tokens that count.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from objectives.contracts import Batch, Model, Objective
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -35,6 +37,16 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) [...] of distributions given by their logarithms [..., V]."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+@torch.no_grad()
+def written_kl(writer: Model, other: Model, objective: Objective, written: Batch) -> Tensor:
+    """Estimates [B] float64 of KL(writer || other) in nats per answer, from one answer of the writer each: the sum over
+    its tokens of the divergences of the next token's distributions. Its mean is that of the log-ratio of what was
+    drawn, and it varies less."""
+    log_p_NV, log_other_NV = (objective.logits(model, written).double().log_softmax(-1) for model in (writer, other))
+    nats_N = kl(log_p_NV, log_other_NV)
+    return nats_N.new_zeros(written.tokens_BT.shape).masked_scatter(written.counted_BT, nats_N).sum(1)
 
 
 def mixed_kl(log_p: Tensor, log_teacher: Tensor, mixture: float) -> Tensor:

@@ -164,7 +164,7 @@ class PolicyGradient(Tuning):
     def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:
         """As in `Objective`: the reference of the penalty is the model as it is now."""
         self.reference = standing_still(model) if self.kl else None
-        return () if self.reference is None else (self.reference,)
+        return self.reward.models if self.reference is None else (self.reference, *self.reward.models)
 
     def training_flops(self, model: LanguageModel, T: int, counted: float = 1.0) -> float:
         """As in `Objective`, of one prompt with all of its answers, each as long as the window allows: written, read by
@@ -188,8 +188,7 @@ class PolicyGradient(Tuning):
         with evaluating(model):
             request = Request(prompts, T, generator, self.draw, copies=self.group, stop=(self.eot,))
             samples = self.base.sample(model, request, self.sampler)
-            drawn_BT, lengths_B = samples.order_BT >= 0, samples.lengths_B
-            answer_BT = drawn_BT & (torch.arange(T, device=drawn_BT.device) < lengths_B[:, None])
+            drawn_BT, answer_BT, lengths_B = samples.order_BT >= 0, samples.answers_BT, samples.lengths_B
             reward_B = self.reward(samples.tokens_BT, answer_BT).to(drawn_BT.device)
             ended_B = (answer_BT & (samples.tokens_BT == self.eot)).any(1)
             counted_BT = drawn_BT if self.truncated == "kept" else drawn_BT & ended_B[:, None]
@@ -253,11 +252,11 @@ class PolicyGradient(Tuning):
         advantage_BT = extras["advantage"].to(log_p_BT)[:, None].expand_as(log_p_BT)
         gain_BT = self.surrogate(log_ratio_BT, advantage_BT) * extras.get("weight", 1.0)
         self.figures = self.of_experience | {"ratio_spread": log_ratio_BT.detach()[counted_BT].std().item()}
-        if "reference" in extras:
-            moved_BT = kl_estimate(log_p_BT, extras["reference"], self.kl.estimator if self.kl else "k3")
+        if self.kl:
             shown_BT = kl_estimate(log_p_BT.detach(), extras["reference"], "k3")
-            self.figures["kl"] = (shown_BT.sum(1)).mean().item()
-            if self.kl and self.kl.place == "loss":
+            self.figures["kl"] = shown_BT.sum(1).mean().item()
+            if self.kl.place == "loss":
+                moved_BT = kl_estimate(log_p_BT, extras["reference"], self.kl.estimator)
                 gain_BT = gain_BT - self.kl.coefficient * moved_BT
         if self.stale is not None:
             fresh_B = (log_ratio_BT.detach().sum(1) / length_B1[:, 0] >= -self.stale) | (extras["advantage"] >= 0)

@@ -4,7 +4,6 @@ Shape letters: B sequences (chosen and rejected in turn), P pairs, T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -92,7 +91,6 @@ class Preferences(Tuning):
                 "preferences are learnt from windows of chosen and rejected answers in turn: choose such data, as "
                 "data=preferences"
             )
-        batch = replace(batch, weights_BT=batch.counted_BT.float())
         seed = draw_seed(generator)
         score_B = self.log_likelihood(model, batch, seed)
         if self.reference is not None:

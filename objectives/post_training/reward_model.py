@@ -121,7 +121,8 @@ class LearntReward(Reward):
             raise ValueError(
                 f"a run of {type(judge.objective).__name__} gives no rewards: give one of objective=reward_model"
             )
-        self.model, self.objective = judge.model, judge.objective
+        self.model, self.objective = judge.model.requires_grad_(False), judge.objective
+        self.models = (self.model,)
 
     def __call__(self, tokens_BT: Tensor, drawn_BT: Tensor) -> Tensor:
         with evaluating(self.model):

@@ -31,7 +31,9 @@ class Trained:
 
 
 class Reward(ABC):
-    """What finished sequences are worth."""
+    """What finished sequences are worth. models: those that it is read from, which stand still."""
+
+    models: tuple[LanguageModel, ...] = ()
 
     @abstractmethod
     def __call__(self, tokens_BT: Tensor, drawn_BT: Tensor) -> Tensor:

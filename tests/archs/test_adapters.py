@@ -1,7 +1,6 @@
 """Low-rank adapters on every backbone: they begin as nothing, learn alone, merge exactly, and cost what they cost."""
 
 from copy import deepcopy
-from functools import cache
 
 import pytest
 import torch
@@ -19,7 +18,8 @@ from archs.language_model import LanguageModel
 from archs.mixers.sparse_attention import Indexer
 from archs.parameters import Role
 from archs.visibility import BIDIRECTIONAL, CAUSAL
-from tests.contracts.discovery import CONFIGS, LENGTH, VOCABULARY, composed, names, shaken
+from tests.contracts.discovery import CONFIGS, LENGTH, VOCABULARY, names
+from tests.contracts.test_backbones import build, plain, tokens
 
 EXPERTS = "deepseek_v3", "gpt_oss", "qwen3_moe", "qwen3_next"
 every = pytest.mark.parametrize("name", names("arch"))
@@ -27,22 +27,9 @@ mixtures = pytest.mark.parametrize("name", EXPERTS)
 LORA = LoRA(rank=3, alpha=5.0)
 
 
-def plain(name: str, **options) -> LanguageModel:
-    torch.manual_seed(0)
-    return instantiate(composed(f"arch={name}").arch.model, vocab_size=VOCABULARY, **options)
-
-
-@cache
-def _base(name: str) -> LanguageModel:
-    model = shaken(plain(name))
-    with torch.no_grad():
-        model.head.weight.normal_()
-    return model.eval()
-
-
 def base(name: str) -> LanguageModel:
     """In evaluation and float64, with weights that all matter."""
-    return deepcopy(_base(name))
+    return deepcopy(build(name))
 
 
 def adapted(name: str, adapter: LoRA = LORA) -> LanguageModel:
@@ -53,10 +40,6 @@ def adapted(name: str, adapter: LoRA = LORA) -> LanguageModel:
     for layer in adapted_layers(model).values():
         nn.init.normal_(layer.lora_B.weight, std=0.2)
     return model
-
-
-def tokens(B: int, T: int = LENGTH) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 def loss_of(model: LanguageModel) -> torch.Tensor:

@@ -12,13 +12,13 @@ from archs.language_model import LanguageModel
 from archs.mixers.attention import Attention
 from experiments.data.environment_data import environment_data
 from experiments.data.environments.countdown import Countdown
+from experiments.harness.tasks import heldout_problems
 from experiments.studies.forgetting import (
     Forgetting,
     against_base,
     concordance,
     divergence,
     forgotten_at_equal_gain,
-    heldout_batch,
 )
 from objectives.contracts import Batch, Request
 from objectives.next_token import NextToken
@@ -106,7 +106,7 @@ def test_the_divergence_of_a_model_from_itself_is_nothing(policies):
 def test_the_divergence_is_the_mean_log_ratio_of_what_is_written(policies):
     model, moved, objective, data = policies
     value, error = divergence(moved, model, objective, data, 16)
-    prompts = prompts_of(heldout_batch(data, 16))
+    prompts = prompts_of(heldout_problems(data, 16))
     request = Request(prompts, 16, torch.Generator().manual_seed(1), copies=50, stop=(data.eot,))
     written = objective.sample(moved, request)
     batch = Batch(written.tokens_BT, (written.order_BT >= 0).float())

@@ -12,9 +12,10 @@ from experiments.data.hidden_markov import FLOOR, HiddenMarkovLanguage
 from experiments.enumeration import END, SEQUENCES, START, L, Table, V
 from experiments.findings import Estimate
 from experiments.fits.over_optimisation import reward_at
-from experiments.studies.over_optimisation import OverOptimisation, gold_reward, moved, points_of, share, trend
+from experiments.studies.over_optimisation import OverOptimisation, gold_reward, points_of, share, trend
 from objectives.contracts import Batch
 from objectives.next_token import NextToken
+from objectives.post_training.divergences import written_kl
 
 LANGUAGE = HiddenMarkovLanguage(4, 6, concentration=0.2, seed=0)
 STUDY = OverOptimisation(
@@ -44,11 +45,11 @@ def test_the_distance_is_the_divergence_in_expectation_over_what_the_policy_writ
     whole = Batch.of(SEQUENCES)
     log_p, log_base = (-objective.nats(model, whole, torch.Generator()).sum(1) for model in models)
     exact = (log_p.exp() * (log_p - log_base)).sum().item()
-    each = [moved(*models, objective, Batch.of(SEQUENCES[i : i + 1])) for i in range(len(SEQUENCES))]
+    each = [written_kl(*models, objective, Batch.of(SEQUENCES[i : i + 1])).item() for i in range(len(SEQUENCES))]
     assert float(log_p.exp().detach() @ torch.tensor(each, dtype=torch.float64)) == pytest.approx(exact, rel=1e-10)
-    assert moved(models[0], models[0], objective, whole) == 0
+    assert (written_kl(models[0], models[0], objective, whole) == 0).all()
     ended = Batch(SEQUENCES, (SEQUENCES[:, :1] != END).float() * torch.ones(L))  # nothing counts behind an early end
-    assert 0 < moved(*models, objective, ended) < moved(*models, objective, whole)
+    assert 0 < written_kl(*models, objective, ended).mean() < written_kl(*models, objective, whole).mean()
 
 
 def table(peaks, d=(0.5, 1.0, 2.0, 3.0, 4.0), jitter=0.02, widths=(16, 32), seeds=(0, 1, 2), n=(1, 4, 16)):

@@ -65,6 +65,6 @@ def grids() -> list[bytes]:
 
 
 def _agrees(grid: bytes) -> bool:
-    """Whether no digit stands twice in a line of the first rows of a grid."""
+    """Returns whether no digit stands twice in a line of the first rows of a grid."""
     lines = ([grid[i] for i in line if i < len(grid)] for line in LINES)
     return all(len(set(line)) == len(line) for line in lines)

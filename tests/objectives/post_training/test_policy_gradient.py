@@ -9,6 +9,7 @@ from experiments.enumeration import (
     END,
     SEQUENCES,
     START,
+    Known,
     Table,
     V,
     answers,
@@ -31,12 +32,12 @@ from objectives.post_training.surrogates import Clipped, ClippedWeight, Soft
 
 MASKED = MaskedDiffusion(vocab_size=V, eot=START)
 BASE = NextToken(vocab_size=V, eot=START)
-REWARD = None  # rewards are given with what was written
+REWARD = Known(SEQUENCES, rewards())
 SURROGATES = [Clipped(), Clipped(most=3.0), ClippedWeight(), Soft()]
 
 
 def build(**options):
-    return PolicyGradient(BASE, END, REWARD, Exact(), **{"group": 2} | options)
+    return PolicyGradient(BASE, END, likelihood=Exact(), **{"reward": REWARD, "group": 2} | options)
 
 
 def truth(model, tokens, counted, reward):
@@ -53,8 +54,8 @@ def test_without_scale_and_by_sequences_the_expected_gradient_is_that_of_the_exp
     """The mean of the group holds the sample itself, which leaves (G - 1) / G of the gradient."""
     model, (tokens, counted) = Table(causal=True), answers(ending)
     reward = rewards(len(tokens))
-    objective = build(baseline=baseline, surrogate=surrogate)
-    got = group_gradient(objective, model, tokens, counted, reward)
+    objective = build(reward=Known(tokens, reward), baseline=baseline, surrogate=surrogate)
+    got = group_gradient(objective, model, tokens, counted)
     torch.testing.assert_close(got, factor * truth(model, tokens, counted, reward), rtol=1e-10, atol=1e-12)
 
 
@@ -75,9 +76,8 @@ def test_answers_of_all_lengths_are_the_whole_language():
 def test_what_is_biased_is_off_by_an_angle(options, ending, least, most):
     model, (tokens, counted) = Table(causal=True), answers(ending)
     reward = rewards(len(tokens))
-    got = cosine(
-        group_gradient(build(**options), model, tokens, counted, reward), truth(model, tokens, counted, reward)
-    )
+    objective = build(reward=Known(tokens, reward), **options)
+    got = cosine(group_gradient(objective, model, tokens, counted), truth(model, tokens, counted, reward))
     assert least - 1e-9 <= got <= most + 1e-9
 
 
