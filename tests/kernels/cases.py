@@ -100,29 +100,34 @@ def assert_equal(got: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
 
 
 def assert_triton_is_right(case: Case, device: str, exact: dict, dtype=torch.float32, **options) -> None:
-    """Triton's kernels on inputs in `dtype`, or where it is None as they are, obey the rule of error."""
+    """Triton's kernels on inputs in `dtype`, those that models keep in float32 apart, obey the rule of error. The truth
+    is that of the exact inputs: what rounding these costs is an error of every version."""
     truth = run(case, exact, "reference", dtype=torch.float64, **options)
-    plain = [run(case, exact, backend, dtype=dtype, **options) for backend in ("reference", "torch")]
+    given = {name: x for name, x in exact.items() if x is not None}
+    low = exact | case.operation.leaves(given, "cpu", dtype, gradients=False)
+    plain = [run(case, low, backend, **options) for backend in ("reference", "torch")]
     on = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    assert_within_twice(run(case, exact, "triton", device, dtype, **on), plain, truth)
+    # Products of float32 are three of TF32 parts, which together keep 22 of its 24 bits.
+    factor = 4 if dtype == torch.float32 else 2
+    assert_within_twice(run(case, low, "triton", device, **on), plain, truth, factor)
 
 
-def assert_within_twice(got: dict, plain: list[dict], truth: dict) -> None:
+def assert_within_twice(got: dict, plain: list[dict], truth: dict, factor: int = 2) -> None:
     """Each tensor errs at most twice as much against float64 as the plain PyTorch versions do in the same dtype, the
     recurrence and the chunked one (flash-attention's rule); never less than rounding noise is asked. As a whole, and
     in every tile of 64 rows by the root of its mean square, so that a bad tile cannot hide behind a larger one. The
-    largest error of a few numbers (a gradient of one number per head) is a matter of luck: they may err four times as
-    much."""
+    largest error of a few numbers (a gradient of one number per head) is a matter of luck: they may err twice as much
+    again."""
     assert got.keys() == truth.keys()
     for name, exact in truth.items():
         exact = exact.double()
         noise = 2 * (exact.to(plain[0][name].dtype) + 0.3 - 0.3 - exact).abs().max()
         assert got[name].isfinite().all(), name
         error, *others = ((x[name].double().cpu() - exact).abs() for x in (got, *plain))
-        factor = 2 if error.numel() >= 64 else 4
-        allowed = factor * max(x.max() for x in others) + noise
+        allowed = factor * (1 if error.numel() >= 64 else 2) * max(x.max() for x in others) + noise
         assert error.max() <= allowed, f"{name}: {error.max():.2e} where {allowed:.2e} is allowed"
         tiles = [x.flatten(0, -2).split(ROWS) if x.dim() > 1 else [x] for x in (error, *others)]
         for mine, *theirs in zip(*tiles, strict=True):
             root, *roots = (x.square().mean().sqrt() for x in (mine, *theirs))
-            assert root <= factor * max(roots) + noise, f"a tile of {name}: {root:.2e} {max(roots):.2e}"
+            most = factor * (1 if error.numel() >= 64 else 2) * max(roots) + noise
+            assert root <= most, f"a tile of {name}: {root:.2e} where {most:.2e} is allowed"

@@ -5,10 +5,16 @@ import torch
 
 
 @pytest.fixture
-def triton_device() -> str:
-    """A GPU where there is one; else the CPU, with Triton's interpreter. Skips where Triton is not installed."""
+def triton_device(monkeypatch) -> str:
+    """A GPU where there is one; else the CPU, with Triton's interpreter and tensor cores emulated in it. Skips where
+    Triton is not installed."""
     pytest.importorskip("triton", reason="Triton is in the test extra on Linux")
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    from tests.kernels.tensor_cores import emulate
+
+    emulate(monkeypatch)
+    return "cpu"
 
 
 @pytest.fixture

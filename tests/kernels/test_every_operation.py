@@ -31,11 +31,9 @@ def test_triton_is_right_at_every_length(case, triton_device, chunks, more):
 
 @on_triton
 @every
-def test_triton_in_half_precision_errs_no_more_than_twice_as_much(case, triton_device):
-    """float16: the interpreter is wrong for bfloat16."""
-    dtype = torch.bfloat16 if triton_device == "cuda" else torch.float16
-    low = case.operation.leaves(case.problem(case.chunk + 2), "cpu", dtype, gradients=False)
-    assert_triton_is_right(case, triton_device, low, dtype=None)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_triton_in_half_precision_errs_no_more_than_twice_as_much(case, triton_device, dtype):
+    assert_triton_is_right(case, triton_device, case.problem(case.chunk + 2), dtype)
 
 
 @on_triton
