@@ -1,10 +1,17 @@
-"""The command: python -m experiments.bench models=[qwen3] precisions=[bf16], or kernels=recurrent for the
-operations."""
+"""The command: python -m experiments.bench models=[qwen3] precisions=[bf16], kernels=recurrent for the operations, or
+ledger=published for what their launches move."""
+
+import os
+import sys
+
+# Read when Triton is first imported: launches are counted in its interpreter.
+if any(argument.startswith("ledger=") for argument in sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from omegaconf import DictConfig
 
-from experiments.bench import models, operations
+from experiments.bench import ledger, models, operations
 from experiments.terminal import command
 
 
@@ -12,7 +19,9 @@ from experiments.terminal import command
 def main(config: DictConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if "kernels" in config:
+    if "ledger" in config:
+        ledger.bench(config.ledger)
+    elif "kernels" in config:
         operations.bench(config.kernels)
     else:
         models.bench(config)

@@ -1,0 +1,93 @@
+"""The ledger counts what launches load and store, and continues it to larger problems."""
+
+import pytest
+import torch
+
+from experiments.bench import ledger
+from kernels import convolution
+
+triton = pytest.importorskip("triton", reason="Triton is in the test extra on Linux")
+import triton.language as tl  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted in Triton's interpreter")
+
+
+@triton.jit
+def row_sums_kernel(x, y, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x + at, mask=at < n, other=0.0), 0)
+    tl.store(y + tl.program_id(0), total)
+
+
+def test_what_two_programs_read_is_asked_for_twice_and_comes_from_memory_once():
+    x, y = torch.ones(5), torch.empty(2)
+    with ledger.Recorder() as recorder, recorder.of_triton():
+        row_sums_kernel[(2,)](x, y, 5, BLOCK=8)
+    assert y.tolist() == [5, 5]
+    assert recorder.rows == [("row_sums_kernel", 5 * 4 + 2 * 4, 2 * 5 * 4 + 2 * 4)]
+
+
+def test_views_and_allocations_are_no_launches_and_an_expanded_tensor_weighs_what_it_holds():
+    with ledger.Recorder() as recorder:
+        torch.empty(7)[None].expand(3, 7).add(torch.ones(3, 1))
+    assert recorder.rows == [("aten::ones", 12, 12), ("aten::add.Tensor", 7 * 4 + 12 + 84, 7 * 4 + 12 + 84)]
+
+
+def test_the_convolution_reads_its_input_once_and_writes_its_output_once():
+    B, T, D, W = 1, 64, 16, 4
+    passes = ledger.counted(convolution.OPERATION, T, {"batch": B, "channels": D, "taps": W}, torch.float32)
+    moved = ledger.totals(passes["forward"])["forward_kernel"]
+    assert moved.launches == 1
+    assert 4 * (2 * T * D + W * D) <= moved.memory <= 4 * (2 * T * D + 2 * W * D) + 200 < moved.asked
+
+
+SHAPE = {
+    "operation": "causal_conv1d",
+    "dtype": "float32",
+    "batch": 1,
+    "length": 320,
+    "channels": 64,
+    "smallest": {"length": 16, "channels": 16},
+}
+
+
+@pytest.mark.thorough
+def test_counts_are_continued_to_a_larger_problem_as_they_would_be_counted_there():
+    continued = ledger.at_published(SHAPE)
+    counted = ledger.counted(convolution.OPERATION, 320, {"batch": 1, "channels": 64}, torch.float32)
+    assert continued == {name: ledger.totals(rows) for name, rows in counted.items()}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"smallest": {"length": 5, "channels": 16}}, "enlarge `smallest`"),
+        (
+            {"operation": "ssd", "heads": 4, "groups": 2, "smallest": {"length": 16, "heads": 2, "groups": 2}},
+            "must be one number",
+        ),
+    ],
+)
+def test_a_problem_that_cannot_be_continued_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        ledger.at_published(SHAPE | change)
+
+
+@pytest.mark.thorough
+def test_the_command_writes_whole_passes_beside_the_peers_and_every_launch(bench, capsys):
+    shape = "{operation: causal_conv1d, dtype: float32, batch: 1, length: 320, channels: 64, "
+    shape += "smallest: {length: 16, channels: 16}, peers: {another: {forward: 0.25}}}"
+    path, found, text = bench("ledger=published", f"ledger.shapes=[{shape}]")
+    assert path.as_posix() == "results/bench/ledger.json" and text in capsys.readouterr().out
+    rows = {(row["pass"], row["launch"]): row for row in found["rows"]}
+    for passed in ("forward", "backward"):
+        parts = [row for (of, launch), row in rows.items() if of == passed and launch != "all"]
+        assert rows[passed, "all"]["memory"] == sum(row["memory"] for row in parts)
+    assert "another 0 MB, 0.000 ms" in text and "| forward_kernel | 1 |" in text
+
+
+def test_an_unknown_operation_is_refused_by_name(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("ledger=published", "ledger.shapes=[{operation: conv}]")
+    assert "no operation 'conv': choose from gated_delta_rule" in capsys.readouterr().err
