@@ -4,9 +4,12 @@ Each function gives those of the libraries that are installed, for a device and 
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,9 +34,13 @@ def present(sides: dict[str, Callable | None]) -> Sides:
 
 
 def delta_peers(device: str, decode: bool) -> Sides:
+    """Return other gated delta rules. flash-linear-attention hands over to FlashQLA where that is installed: it is
+    there twice, with and without that. FlashInfer has no gradients and takes decays, not their logarithms."""
     name = "fused_recurrent_gated_delta_rule" if decode else "chunk_gated_delta_rule"
     theirs = "torch_recurrent_gated_delta_rule" if decode else "torch_chunk_gated_delta_rule"
-    fla = imported("fla.ops.gated_delta_rule", name) if device == "cuda" else None
+    on_gpu = lambda module, function: imported(module, function) if device == "cuda" else None  # noqa: E731
+    fla = on_gpu("fla.ops.gated_delta_rule", name)
+    qla, infer = (None if decode else on_gpu(module, name) for module in ("flash_qla", "flashinfer.gdn_prefill"))
     hf = imported("transformers.models.qwen3_next.modeling_qwen3_next", theirs)
 
     def run(f, q, k, v, g, beta, initial_state=None):
@@ -41,12 +48,30 @@ def delta_peers(device: str, decode: bool) -> Sides:
             q, k = (x.repeat_interleave(v.shape[2] // q.shape[2], dim=2) for x in (q, k))
         return f(q, k, v, g=g, beta=beta, initial_state=initial_state, output_final_state=decode)[0]
 
+    def alone(f, **inputs):
+        with mock.patch.dict(os.environ, {"FLA_FLASH_QLA": "0"}):
+            return run(f, **inputs)
+
+    def packed(f, q, k, v, g, beta):
+        (B, T), given = q.shape[:2], (q, k, v, g.float().exp(), beta.float())
+        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+            raise NotImplementedError("FlashInfer's gated delta rule has no gradients")
+        boundaries = torch.arange(B + 1, device=q.device) * T
+        q, k, v, decays, beta = (x.flatten(0, 1).contiguous() for x in given)
+        return f(q, k, v, decays, beta, cu_seqlens=boundaries).view(B, T, *v.shape[1:])
+
     def attention(q, k, v, g, beta):
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    sides = {"flash-linear-attention": fla and partial(run, fla), "transformers": hf and partial(run, hf)}
+    sides = {
+        "flash-linear-attention": fla and partial(run, fla),
+        "flash-linear-attention, FLA_FLASH_QLA=0": fla and qla and partial(alone, fla),
+        "FlashQLA": qla and partial(run, qla),
+        "FlashInfer": infer and partial(packed, infer),
+        "transformers": hf and partial(run, hf),
+    }
     return present(sides | {ATTENTION: None if decode else attention})
 
 

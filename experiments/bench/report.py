@@ -12,7 +12,10 @@ import torch
 
 from experiments.harness.hardware import device_name
 
-PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm", "causal-conv1d")
+PACKAGES = (
+    "torch", "triton", "transformers", "flash-linear-attention", "flash-qla", "flashinfer-python", "flash-mla",
+    "mamba-ssm", "causal-conv1d",
+)  # fmt: skip
 
 
 def environment(device: str) -> dict:

@@ -74,9 +74,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
     for name in ("binary_op", "ternary_op", "unary_op", "create_fma", "create_fabs"):
         monkeypatch.setattr(InterpreterBuilder, name, refusing_bfloat16(name, vars(InterpreterBuilder)[name]))
-    monkeypatch.setattr(
-        ReduceScanOpInterface, "apply", refusing_bfloat16("a sum or scan", ReduceScanOpInterface.apply)
-    )
+    monkeypatch.setattr(ReduceScanOpInterface, "apply", refusing_bfloat16("a sum or scan", ReduceScanOpInterface.apply))
 
 
 def refusing_bfloat16(name: str, operation):
