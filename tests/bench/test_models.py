@@ -15,21 +15,43 @@ TINY = {
 
 
 @pytest.mark.thorough
-def test_both_sides_take_training_steps_and_the_ratio_is_that_of_their_speeds(bench, capsys):
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+def test_both_sides_work_and_the_ratio_is_that_of_their_speeds(bench, capsys, mode):
     shape = "{" + ",".join(f"{key}: {value}" for key, value in TINY.items()) + "}"
-    path, found, text = bench("models=[tiny]", f"+shapes.tiny={shape}", "batch=2", "length=16", "rounds=2")
+    sizes = (f"{mode}.batches=[2]", f"{mode}.lengths=[16]")
+    path, found, text = bench("models=[tiny]", f"+shapes.tiny={shape}", f"modes=[{mode}]", *sizes, "rounds=2")
     assert path == Path("results/bench/models_cpu.json")
-    assert [row["precision"] for row in found["rows"]] == ["float32", "bf16"]
+    assert [(row["precision"], row["mode"], row["batch"]) for row in found["rows"]] == [
+        ("float32", mode, 2),
+        ("bf16", mode, 2),
+    ]
     for row in found["rows"]:
         assert row["ours tokens/s"] > 0 and row["transformers tokens/s"] > 0
         assert row["ratio"] == pytest.approx(row["ours tokens/s"] / row["transformers tokens/s"], abs=0.02)
-    assert found["batch"] == 2 and found["date"] in text and text in capsys.readouterr().out
+    assert found["rounds"] == 2 and found["date"] in text and text in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_models_state_how_long_compiling_took(bench):
+    shape = "{" + ",".join(f"{key}: {value}" for key, value in TINY.items()) + "}"
+    _, found, text = bench(
+        "models=[tiny]", f"+shapes.tiny={shape}", "precisions=[float32]", "train.compiled=[true]", "train.batches=[2]",
+        "train.lengths=[16]", "rounds=1",
+    )  # fmt: skip
+    (row,) = found["rows"]
+    assert row["compiled"] and row["ours s to compile"] > 0 and "transformers s to compile" in text
 
 
 def test_a_model_without_a_shape_is_refused_by_name(bench, capsys):
     with pytest.raises(SystemExit):
         bench("models=[gpt5]")
     assert "error: no shape 'gpt5': choose from qwen3" in capsys.readouterr().err
+
+
+def test_a_mode_that_is_none_is_refused_by_name(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("modes=[speak]")
+    assert "error: no mode 'speak': choose from train, prefill, decode" in capsys.readouterr().err
 
 
 def test_models_that_differ_are_not_timed(monkeypatch):
