@@ -1,5 +1,5 @@
-"""The command: python -m experiments.bench models=[qwen3] precisions=[bf16], kernels=recurrent for the operations, or
-ledger=published for what their launches move."""
+"""The command: python -m experiments.bench models=[qwen3] precisions=[bf16], profile=true for where their time
+goes, kernels=recurrent for the operations, or ledger=published for what their launches move."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ if any(argument.startswith("ledger=") for argument in sys.argv):
 import torch
 from omegaconf import DictConfig
 
-from experiments.bench import ledger, models, operations
+from experiments.bench import ledger, models, operations, profile
 from experiments.terminal import command
 
 
@@ -23,6 +23,8 @@ def main(config: DictConfig) -> None:
         ledger.bench(config.ledger)
     elif "kernels" in config:
         operations.bench(config.kernels)
+    elif config.profile:
+        profile.bench(config)
     else:
         models.bench(config)
 
