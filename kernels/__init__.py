@@ -17,6 +17,7 @@ duties of all. `hugging_face.py` keeps this package apart from one of the same n
 
 from kernels.convolution import causal_conv1d, causal_conv1d_flops
 from kernels.delta import gated_delta_rule, gated_delta_rule_flops
+from kernels.delta_step import gated_delta_step, gated_delta_step_flops
 from kernels.state_space import ssd, ssd_flops
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "causal_conv1d_flops",
     "gated_delta_rule",
     "gated_delta_rule_flops",
+    "gated_delta_step",
+    "gated_delta_step_flops",
     "ssd",
     "ssd_flops",
 ]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from archs.mixers.heads import cut_heads
 from archs.mixers.recurrent import RecurrentMixer, gated, log_decay, normalised, reset_decay
 from archs.state import RecurrentState
-from kernels import gated_delta_rule, gated_delta_rule_flops
+from archs.visibility import Visibility
+from kernels import gated_delta_rule, gated_delta_rule_flops, gated_delta_step
 
 
 class GatedDelta(RecurrentMixer):
@@ -70,8 +71,36 @@ class GatedDelta(RecurrentMixer):
             reset_decay(self.A_log, self.dt_bias, least=1e-3)
         self.reset_convolution()
 
+    def forward(
+        self, x_BTD: Tensor, visibility: Visibility, state: RecurrentState | None = None
+    ) -> tuple[Tensor, RecurrentState | None]:
+        if state is None or state.memory is None or x_BTD.shape[1] != 1 or torch.is_grad_enabled():
+            return super().forward(x_BTD, visibility, state)
+        return self._step(x_BTD, state, state.memory)
+
+    def _step(self, x_B1D: Tensor, state: RecurrentState, memory: Tensor) -> tuple[Tensor, RecurrentState]:
+        """One token more, without gradients: all between the two projections at once."""
+        qkv, z, a, b = self._projected(x_B1D[:, 0])
+        y_BHV, conv, memory = gated_delta_step(
+            qkv,
+            None if self.A_log is None else a,
+            b,
+            z.unflatten(-1, (self.value_heads, self.value_dim)),
+            state.conv,
+            memory,
+            self.conv_weight,
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            eps=torch.finfo(qkv.dtype).eps if self.norm.eps is None else self.norm.eps,
+        )
+        return self.out_proj(y_BHV.flatten(1))[:, None], RecurrentState(conv, memory, state.length + 1)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.in_proj(x).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)
+
     def project(self, x_BTD: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        qkv, z, a, b = self.in_proj(x_BTD).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)
+        qkv, z, a, b = self._projected(x_BTD)
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         beta = b.to(dtype).sigmoid()
         if self.A_log is None or self.dt_bias is None:

@@ -12,14 +12,16 @@ class Operation:
     """A public function with what its trials need.
 
     Attributes:
-        run: the public function; takes a `backend` and gives outputs and a state.
+        run: the public function; takes a `backend` and gives outputs and states.
         random_problem: tokens and sizes -> inputs of `run` by name, in float64 on the CPU.
         kept: inputs that models keep in float32 where the others are in half precision.
+        differentiable: whether there are gradients.
     """
 
-    run: Callable[..., tuple[Tensor, Tensor | None]]
+    run: Callable[..., tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor]]
     random_problem: Callable[..., dict[str, Tensor]]
     kept: frozenset[str]
+    differentiable: bool = True
 
     @property
     def name(self) -> str:

@@ -53,7 +53,8 @@ def _tried(operation: Operation, dtype: torch.dtype, device: str, sizes: tuple[t
     inputs = operation.random_problem(TOKENS, batch=1, **dict(sizes), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(False), torch.autocast(torch.device(device).type, enabled=False):
         try:
-            error = error_against_reference(operation.on_backend("triton"), operation, inputs, device, dtype, True)
+            side = operation.on_backend("triton")
+            error = error_against_reference(side, operation, inputs, device, dtype, operation.differentiable)
         except Exception as failure:
             log.warning("the Triton kernels of %s failed on %s: %r", operation.name, device, failure)
             return False

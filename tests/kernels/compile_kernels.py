@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-from kernels import convolution, delta, state_space  # noqa: E402
+from kernels import convolution, delta, delta_step, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -115,6 +116,11 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
 
             yield operation.name, train
             yield operation.name, decode
+    sizes = {"batch": 1, "heads": 2, "key_heads": 1, "head_dim": min(size, 128), "value_dim": min(size, 128)}
+    step = delta_step.OPERATION
+    for change in ({}, {"a": None, "A_log": None, "dt_bias": None}):
+        inputs = step.leaves(step.random_problem(1, **sizes), "cpu", dtype, gradients=False) | change
+        yield step.name, partial(step.run, **inputs, backend="triton")
 
 
 def main(targets: list[tuple[int, str, int]]) -> None:
