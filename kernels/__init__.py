@@ -15,6 +15,7 @@ its block sizes in `common/launch.py`, a line here, and a case in `tests/kernels
 duties of all. `hugging_face.py` keeps this package apart from one of the same name.
 """
 
+from kernels.common.arguments import check_boundaries
 from kernels.convolution import causal_conv1d, causal_conv1d_flops
 from kernels.delta import gated_delta_rule, gated_delta_rule_flops
 from kernels.delta_step import gated_delta_step, gated_delta_step_flops
@@ -23,6 +24,7 @@ from kernels.state_space import ssd, ssd_flops
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_flops",
+    "check_boundaries",
     "gated_delta_rule",
     "gated_delta_rule_flops",
     "gated_delta_step",

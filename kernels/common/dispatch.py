@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kernels.common.arguments import is_transformed
 from kernels.common.launch import DTYPES
 from kernels.common.operation import Operation
 from kernels.common.trial import triton_is_right
@@ -53,6 +54,22 @@ def choose_backend(
             f"CUDA device, or TRITON_INTERPRET=1; choose from auto, {', '.join(b for b in backends if b != 'triton')}"
         )
     return backend
+
+
+def refuse_transforms(operation: str, backend: str, *tensors: Tensor | None) -> str:
+    """Return the backend to ask for: inside torch.func and forward-mode derivatives "torch" where it is "auto".
+
+    Raises:
+        ValueError: there for a backend whose operators they cannot see through.
+    """
+    if backend in ("reference", "torch") or not is_transformed(*tensors):
+        return backend
+    if backend == "auto":
+        return "torch"
+    raise ValueError(
+        f"backend {backend!r} of {operation} has no torch.func transforms and no forward-mode derivatives: choose "
+        "'torch' or 'reference' for them"
+    )
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs it and does not look inside

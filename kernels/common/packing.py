@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FEW_TOKENS = 8  # of a sequence, that Triton backends decode one by one
@@ -30,8 +31,12 @@ def sequence_count(batch: int, cu_seqlens: Tensor | None) -> int:
 
 
 def boundaries(batch: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
-    """Return cu_seqlens; where it is None, that of the rows of the batch laid one after the other."""
-    return torch.arange(batch + 1, device=like.device) * tokens if cu_seqlens is None else cu_seqlens
+    """Return cu_seqlens; where it is None, that of the rows of the batch laid one after the other. What was not checked
+    on its way to a GPU is bent so that every token is of one sequence: kernels never reach out of bounds."""
+    if cu_seqlens is None:
+        return torch.arange(batch + 1, device=like.device) * tokens
+    inner = cu_seqlens[1:-1].clamp(0, tokens).cummax(0).values
+    return F.pad(F.pad(inner, (1, 0)), (0, 1), value=tokens)
 
 
 def takes_steps(tokens: int, cu_seqlens: Tensor | None, inputs: tuple[Tensor, ...]) -> bool:
@@ -51,8 +56,10 @@ def run_each_sequence(
         tokens: tensors [batch, tokens, ...], or None.
         states: [sequences, ...].
         cu_seqlens: [sequences + 1], or None where the sequences are the rows of the batch.
-        like: [1, tokens, ...], what packed outputs look like.
+        like: [batch, tokens, ...], what outputs look like.
     """
+    if not like.numel():  # no token, or no row
+        return like.clone(), states.clone()
     if cu_seqlens is None:
         return run(*tokens, states)
     outputs, finals = [like[:, :0]], []

@@ -6,8 +6,8 @@ Shape letters: B rows of the batch, T tokens, C channels, W taps, N sequences: B
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common.arguments import check_packed, check_shape
-from kernels.common.dispatch import choose_backend
+from kernels.common.arguments import check_packed, check_shape, check_tensors
+from kernels.common.dispatch import choose_backend, refuse_transforms
 from kernels.common.operation import Operation
 from kernels.common.packing import run_each_sequence, sequence_count
 from kernels.convolution.depthwise import causal_conv1d_depthwise, causal_conv1d_flops
@@ -16,7 +16,7 @@ from kernels.convolution.reference import causal_conv1d_reference
 
 __all__ = ["OPERATION", "causal_conv1d", "causal_conv1d_flops"]
 
-BACKENDS = {"reference": causal_conv1d_reference, "torch": causal_conv1d_depthwise}
+BACKENDS = "reference", "torch"
 
 
 def causal_conv1d(
@@ -45,12 +45,16 @@ def causal_conv1d(
         y [B, T, C] in x's dtype, and the last W - 1 inputs [N, W - 1, C], the state for the next call.
 
     Raises:
-        ValueError: for shapes that do not fit together, an unknown activation, or a backend that does not exist or
-            that cannot run here.
+        ValueError: for tensors, shapes or boundaries that do not fit together (see `check_tensors`, `check_packed`),
+            an unknown activation, or a backend that does not exist or that cannot run here.
     """
+    check_tensors(
+        "causal_conv1d", x=(x, "B T C"), weight=(weight, "C W"), bias=(bias, "C"),
+        initial_state=(initial_state, "N W-1 C"),
+    )  # fmt: skip
     B, T, C = x.shape
     W = weight.shape[1]
-    check_packed(B, T, cu_seqlens)
+    check_packed(B, T, cu_seqlens, like=x)
     N = sequence_count(B, cu_seqlens)
     if weight.shape[0] != C:
         raise ValueError(f"weight {tuple(weight.shape)} is not for the {C} channels of x {tuple(x.shape)}")
@@ -59,16 +63,18 @@ def causal_conv1d(
     check_shape("initial_state", initial_state, (N, W - 1, C))
     if activation not in ("silu", None):
         raise ValueError(f"unknown activation {activation!r} for causal_conv1d: choose 'silu' or None")
+    backend = refuse_transforms("causal_conv1d", backend, x, weight, bias, initial_state)
     backend = choose_backend(OPERATION, backend, [*BACKENDS, "triton"], "torch", x, channels=8, taps=W)
     if initial_state is None:
         initial_state = x.new_zeros(N, W - 1, C)
-    if backend == "triton":
+    if backend == "triton" and x.numel():
         from kernels.convolution.triton_operators import causal_conv1d_triton
 
         return causal_conv1d_triton(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
 
     def run(x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        return BACKENDS[backend](x, weight, bias, before)
+        convolved = causal_conv1d_reference if backend == "reference" else causal_conv1d_depthwise
+        return convolved(x, weight, bias, before)
 
     y, state = run_each_sequence(run, [x], initial_state, cu_seqlens, like=x)
     return (F.silu(y) if activation else y).to(x.dtype), state

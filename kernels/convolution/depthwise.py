@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common.arguments import at_least_float32, without_autocast
+from kernels.common.arguments import at_least_float32, is_transformed, without_autocast
 
 
 def causal_conv1d_depthwise(
@@ -21,7 +21,8 @@ def causal_conv1d_depthwise(
     padded = torch.cat([initial_state.to(x.dtype), x], dim=1)
     dtype = at_least_float32(x) if x.device.type == "cpu" else x.dtype
     with without_autocast(x):
-        y_BTC = _Depthwise.apply(padded.to(dtype), weight.to(dtype))
+        run = _depthwise if is_transformed(x, weight, initial_state) else _Depthwise.apply
+        y_BTC = run(padded.to(dtype), weight.to(dtype))
     return y_BTC if bias is None else y_BTC + bias.to(dtype), padded[:, x.shape[1] :]
 
 

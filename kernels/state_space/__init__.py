@@ -10,8 +10,15 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common.arguments import at_least_float32, check_packed, check_shape, state_or_zeros, without_autocast
-from kernels.common.dispatch import choose_backend
+from kernels.common.arguments import (
+    at_least_float32,
+    check_packed,
+    check_shape,
+    check_tensors,
+    state_or_zeros,
+    without_autocast,
+)
+from kernels.common.dispatch import choose_backend, refuse_transforms
 from kernels.common.operation import Operation
 from kernels.common.packing import run_each_sequence, sequence_count
 from kernels.state_space.chunked import CHUNK, ssd_chunked, ssd_flops
@@ -20,7 +27,7 @@ from kernels.state_space.reference import ssd_reference
 
 __all__ = ["OPERATION", "ssd", "ssd_flops"]
 
-BACKENDS = {"reference": ssd_reference, "torch": ssd_chunked}
+BACKENDS = "reference", "torch"
 NO_LIMIT = (0.0, math.inf)
 
 
@@ -69,9 +76,13 @@ def ssd(
         y [S, T, H, P] in x's dtype, and the final states [S, H, P, N] in float32 (float64 for float64 inputs) or None.
 
     Raises:
-        ValueError: for shapes that do not fit together, options of dt without a dt, a chunk size below 1, or a
-            backend that does not exist or that cannot run here.
+        ValueError: for tensors, shapes or boundaries that do not fit together (see `check_tensors`, `check_packed`),
+            options of dt without a dt, a chunk size below 1, or a backend that does not exist or that cannot run here.
     """
+    check_tensors(
+        "ssd", x=(x, "S T H P"), dt=(dt, "S T H"), A=(A, "H or S T H"), B=(B, "S T G N"), C=(C, "S T G N"), D=(D, "H"),
+        z=(z, "S T H P"), dt_bias=(dt_bias, "H"), initial_states=(initial_states, "S H P N"),
+    )  # fmt: skip
     rows, T, H, P = x.shape
     G, N = B.shape[2:]
     steps = (rows, T, H)
@@ -84,7 +95,7 @@ def ssd(
         raise ValueError(f"{H} heads are not a multiple of {G} groups")
     if dt is None and (dt_bias is not None or dt_softplus or dt_limit != NO_LIMIT):
         raise ValueError("dt_bias, dt_softplus and dt_limit change dt, which is None: give dt, or leave them out")
-    check_packed(rows, T, cu_seqlens)
+    check_packed(rows, T, cu_seqlens, like=x)
     state_shape = (sequence_count(rows, cu_seqlens), H, P, N)
     check_shape("dt", dt, steps)
     check_shape("D", D, (H,))
@@ -93,6 +104,7 @@ def ssd(
     check_shape("initial_states", initial_states, state_shape)
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1 token")
+    backend = refuse_transforms("ssd", backend, x, dt, A, B, C, D, z, dt_bias, initial_states)
     fastest = "torch" if T > 1 else "reference"  # a chunk of one token is the recurrence in more steps
     backend = choose_backend(
         OPERATION, backend, [*BACKENDS, "triton", "mamba_ssm"], fastest, x, heads=2, groups=1, head_dim=P, state_size=N
@@ -118,13 +130,13 @@ def ssd(
     state = state_or_zeros(initial_states, state_shape, like=x)
     # Autocast would round the decayed scores and the states to bfloat16.
     with without_autocast(x):
-        if backend == "triton":
+        if backend == "triton" and x.numel():
             from kernels.state_space.triton_operators import ssd_triton
 
             single = D is not None or z is not None  # so that y is rounded once, at the end
             y, final_states = ssd_triton(x, dt, g, B, C, state, cu_seqlens, single)
         else:
-            run = partial(ssd_chunked, chunk_size=chunk_size) if backend == "torch" else BACKENDS[backend]
+            run = ssd_reference if backend == "reference" else partial(ssd_chunked, chunk_size=chunk_size)
             y, final_states = run_each_sequence(run, [x, dt, g, B, C], state, cu_seqlens, like=x.to(dtype))
     y = y if D is None else y + D.to(y.dtype)[:, None] * x
     y = y if z is None else y * F.silu(z.to(y.dtype))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from kernels.common.arguments import is_transformed
 from kernels.common.gates import LEAST_LOG_DECAY, decay
 
 CHUNK = 64
@@ -45,7 +46,8 @@ def ssd_chunked(
     lost_SKLH = (exact_SKLH - sums_SKLH).detach().to(dtype)
     step_SKLH = 1.0 if dt is None else chunks(dt)
 
-    decays_SKGRLL = _DecayBetween.apply(rearrange(exact_SKLH, "s k l (g r) -> s k g r l", g=G), dtype)
+    between = _decay_between if is_transformed(x, dt, g, B, C, initial_states) else _DecayBetween.apply
+    decays_SKGRLL = between(rearrange(exact_SKLH, "s k l (g r) -> s k g r l", g=G), dtype)
     scores_SKGLL = (C_SKGLN @ B_SKGLN.mT).tril()
     scores_SKHLL = (scores_SKGLL[:, :, :, None] * decays_SKGRLL).flatten(2, 3)
     u_SKLHP = x_SKLHP * (step_SKLH * (-lost_SKLH).exp())[..., None]
@@ -68,8 +70,15 @@ def ssd_chunked(
     return y.flatten(1, 2)[:, :T], rearrange(state, "s g n r p -> s (g r) p n")
 
 
+def _decay_between(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return e^{sums_i - sums_j} [..., L, L] of sums [..., L] in float64, for j <= i; above there is no meaning."""
+    sums = exact.to(dtype)
+    # Above the diagonal the difference is positive and might overflow, hence the upper bound.
+    return (sums[..., :, None] - sums[..., None, :]).clamp(LEAST_LOG_DECAY, 0.0).exp_()
+
+
 class _DecayBetween(torch.autograd.Function):
-    """Sums [..., L] of log decays in float64 -> e^{sums_i - sums_j} [..., L, L] for j <= i; above there is no meaning.
+    """`_decay_between` with a gradient of its own.
 
     Autograd would hold two more matrices of this size and pass over them three times more. And here what a pair adds
     to the gradient of sums_i and takes from that of sums_j is summed in float64, so that it cancels for every g in
@@ -78,9 +87,7 @@ class _DecayBetween(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, exact: Tensor, dtype: torch.dtype) -> Tensor:
-        sums = exact.to(dtype)
-        # Above the diagonal the difference is positive and might overflow, hence the upper bound.
-        decays = (sums[..., :, None] - sums[..., None, :]).clamp_(LEAST_LOG_DECAY, 0.0).exp_()
+        decays = _decay_between(exact, dtype)
         ctx.save_for_backward(decays)
         return decays
 

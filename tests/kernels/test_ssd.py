@@ -171,7 +171,7 @@ def test_counted_flops_are_those_that_pytorch_counts(T, G, chunk_size):
         ({"B": torch.zeros(2, 10, 3, 16), "C": torch.zeros(2, 10, 3, 16)}, "4 heads are not a multiple of 3 groups"),
         ({"dt": torch.zeros(2, 10, 3)}, r"dt is \(2, 10, 3\), it must be \(2, 10, 4\)"),
         ({"D": torch.zeros(8)}, r"D is \(8,\), it must be \(4,\)"),
-        ({"z": torch.zeros(2, 10, 4)}, r"z is \(2, 10, 4\), it must be \(2, 10, 4, 8\)"),
+        ({"z": torch.zeros(2, 10, 4, 1)}, r"z is \(2, 10, 4, 1\), it must be \(2, 10, 4, 8\)"),
         ({"dt_bias": torch.zeros(1)}, "dt_bias is"),
         ({"initial_states": torch.zeros(2, 4, 16, 8)}, "initial_states"),
         ({"dt": None, "dt_softplus": True}, "give dt"),
@@ -179,8 +179,9 @@ def test_counted_flops_are_those_that_pytorch_counts(T, G, chunk_size):
     ],
 )
 def test_bad_input_is_refused_by_name(change, words):
+    inputs = {name: x.float() for name, x in problem(10).items()}
     with pytest.raises(ValueError, match=words):
-        ssd(**(problem(10) | change))
+        ssd(**inputs | change)
 
 
 def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
@@ -203,7 +204,7 @@ def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, package.__name__, package)
-    options = {"dt_bias": torch.ones(4), "dt_softplus": True, "dt_limit": (0.1, 1.5)}
+    options = {"dt_bias": torch.ones(4, dtype=torch.float64), "dt_softplus": True, "dt_limit": (0.1, 1.5)}
     for final in (False, True):
         got, expected = (
             ssd(**inputs, **options, return_final_states=final, backend=backend) for backend in ("mamba_ssm", "torch")
