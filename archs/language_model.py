@@ -213,7 +213,7 @@ class LanguageModel(nn.Module):
             ValueError: where positions are learned and the tokens go beyond the last of them, or a time is missing or
                 not wanted.
         """
-        x_BTD = self._embed(tokens_BT, visibility, 0, time)
+        x_BTD, visibility = self._embed(tokens_BT, visibility, 0, time), visibility.for_one_pass()
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, visibility)
         return self.norm(x_BTD)
@@ -228,6 +228,7 @@ class LanguageModel(nn.Module):
         """Hidden vectors of tokens that continue the states, as `hidden` gives them, and the states after them; see
         `State` for what becomes of the states before."""
         x_BTD, after = self._embed(tokens_BT, visibility, states[0].length, time), []
+        visibility = visibility.for_one_pass()
         for block, state in zip(self.blocks, states, strict=True):
             x_BTD, state = block(x_BTD, visibility, state)
             after.append(state)

@@ -4,6 +4,8 @@ with one rotary setting can go on with another, which is how its context is exte
 Shape letters: B sequences, T queries, S keys, H heads, D dimensions.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -130,29 +132,52 @@ class Rotary:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"rotary fraction {self.fraction} must lie above 0 and at most at 1")
 
-    def __call__(self, x_BTHD: Tensor, position: Tensor) -> Tensor:
-        """Rotate x by the positions of its tokens, [T] or [B, T]; same dtype, angles in float32."""
+    def __call__(self, x_BTHD: Tensor, position: Positions | Tensor) -> Tensor:
+        """Rotate x by the positions of its tokens, those of a pass or [T] or [B, T]; same dtype, angles in float32."""
         D = x_BTHD.shape[-1]
-        rotated_dims = round(self.fraction * D)
-        if rotated_dims % 2 or rotated_dims == 0:
-            raise ValueError(
-                f"rotary fraction {self.fraction} of {D} dimensions is {rotated_dims}: it must be even and above 0"
-            )
-        half = rotated_dims // 2
-        frequency_D = self.base ** (-torch.arange(half, device=x_BTHD.device, dtype=torch.float32) / half)
-        magnitude = 1.0
-        if self.scaling is not None:
-            frequency_D, magnitude = self.scaling(frequency_D, self.base)
-        angle = position[..., None, None].float() * frequency_D  # [(B,) T, 1, half]
-        cos, sin = ((f(angle) * magnitude).to(x_BTHD.dtype) for f in (torch.cos, torch.sin))
-        rotated, rest = x_BTHD.split([rotated_dims, D - rotated_dims], dim=-1)
+        positions = position if isinstance(position, Positions) else Positions(position)
+        cos, sin = positions.turns(self, D, x_BTHD.dtype)
+        half = cos.shape[-1]
+        rotated, rest = x_BTHD.split([2 * half, D - 2 * half], dim=-1)
         if self.layout == "halves":
             a, b = rotated.chunk(2, dim=-1)
             rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
         else:
             a, b = rotated.unflatten(-1, (half, 2)).unbind(-1)
             rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        return torch.cat([rotated, rest], dim=-1) if rotated_dims < D else rotated
+        return torch.cat([rotated, rest], dim=-1) if 2 * half < D else rotated
+
+    def turns(self, position: Tensor, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [(B,) T, 1, half] in `dtype` of the positions [T] or [B, T], for heads of D dimensions."""
+        rotated_dims = round(self.fraction * D)
+        if rotated_dims % 2 or rotated_dims == 0:
+            raise ValueError(
+                f"rotary fraction {self.fraction} of {D} dimensions is {rotated_dims}: it must be even and above 0"
+            )
+        half = rotated_dims // 2
+        frequency_D = self.base ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
+        magnitude = 1.0
+        if self.scaling is not None:
+            frequency_D, magnitude = self.scaling(frequency_D, self.base)
+        angle = position[..., None, None].float() * frequency_D
+        cos, sin = ((f(angle) * magnitude).to(dtype) for f in (torch.cos, torch.sin))
+        return cos, sin
+
+
+class Positions:
+    """Positions of the tokens of one pass, [T] or [B, T], with what rotary encodings make of them: the same for all
+    layers, so computed once for each encoding, head size and dtype."""
+
+    def __init__(self, position: Tensor):
+        self.position = position
+        self._turns: dict[tuple[Rotary, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def turns(self, rotary: Rotary, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `Rotary.turns`."""
+        key = rotary, D, dtype
+        if key not in self._turns:
+            self._turns[key] = rotary.turns(self.position, D, dtype)
+        return self._turns[key]
 
 
 @dataclass(frozen=True)

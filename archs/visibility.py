@@ -5,8 +5,10 @@ Shape letters: B sequences, T tokens of queries, S tokens of keys, L tokens of o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +38,24 @@ class Visibility:
     kind: Kind
     block_size: int = 0
     starts_BL: Tensor | None = None
+    _made: dict[Hashable, Any] | None = field(default=None, repr=False)
 
     @property
     def copies(self) -> int:
         """Return how many times the sequence stands in the input, side by side, each from position 0."""
         return 2 if self.kind is Kind.BLOCK_CAUSAL else 1
+
+    def for_one_pass(self) -> Visibility:
+        """The same, for one pass through a model: what one layer makes of it `once` is there for the others."""
+        return replace(self, _made={})
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return make(), which is not called again under this key in the same pass (see `for_one_pass`)."""
+        if self._made is None:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def packed(self, starts_BL: Tensor | None) -> Visibility:
         """The same within documents that begin at these tokens; the first of each sequence begins one in any case."""
@@ -48,7 +63,7 @@ class Visibility:
             return self
         starts_BL = starts_BL.clone()
         starts_BL[:, 0] = True
-        return replace(self, starts_BL=starts_BL)
+        return replace(self, starts_BL=starts_BL, _made=None)
 
     def positions(self, T: int, offset: int = 0, device: torch.device | None = None) -> Tensor:
         """Places of T tokens within their documents, the first of an unpacked input at `offset`: int64 [T] or [B,
@@ -71,9 +86,13 @@ class Visibility:
     def cu_seqlens(self) -> Tensor:
         """Return where the documents begin when all sequences are laid end to end, and the end: [N + 1] int64, as
         kernels take it."""
-        starts_BL = self._starts()
-        begins_N = starts_BL.flatten().nonzero()[:, 0]
-        return torch.cat([begins_N, begins_N.new_tensor([starts_BL.numel()])])
+
+        def make() -> Tensor:
+            starts_BL = self._starts()
+            begins_N = starts_BL.flatten().nonzero()[:, 0]
+            return torch.cat([begins_N, begins_N.new_tensor([starts_BL.numel()])])
+
+        return self.once("cu_seqlens", make)
 
     def visible(self, T: int, S: int, window: int | None = None, device: torch.device | None = None) -> Tensor | None:
         """True at the pairs seen, [T, S] or, for packed documents, [B, 1, T, S]; None where all are. The queries are

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from archs.contracts import Mixer
 from archs.mixers.heads import cut_heads
 from archs.mixers.softmax import attend, positions_of
-from archs.positions import Alibi, Rotary
+from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
 
@@ -98,8 +98,8 @@ class Attention(Mixer[KVCache]):
         )
         return self.output(y_BTHE, x_BTD), state
 
-    def project(self, x_BTD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, E] and k, v [B, T, G, E], normalised and rotated by the positions [T] or [B, T] of x."""
+    def project(self, x_BTD: Tensor, position: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, E] and k, v [B, T, G, E], normalised and rotated by the positions of x."""
         heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:

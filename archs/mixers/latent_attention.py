@@ -11,7 +11,7 @@ from archs.contracts import Mixer
 from archs.low_rank import whole_weight
 from archs.mixers.heads import cut_heads
 from archs.mixers.softmax import attend, positions_of
-from archs.positions import Rotary
+from archs.positions import Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
 
@@ -89,9 +89,9 @@ class LatentAttention(Mixer[KVCache]):
         """Return what queries are made of: their normalised latent [B, T, q_rank], or x where they have none."""
         return x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
 
-    def project(self, x_BTD: Tensor, query_input: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, query_input: Tensor, position: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, nope_dim + rope_dim], and what is cached: the latent [B, T, 1, R] and the key with position
-        [B, T, 1, rope_dim]; position: [T] or [B, T]."""
+        [B, T, 1, rope_dim]; position: of x."""
         q_nope, q_rope = (
             self.q_up(query_input).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         )

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archs.contracts import State
-from archs.positions import Alibi
+from archs.positions import Alibi, Positions
 from archs.visibility import Kind, Visibility
 
 
-def positions_of(x_BTD: Tensor, visibility: Visibility, state: State | None) -> Tensor:
-    """Positions [T] or [B, T] of the tokens of x, which continue those in the state.
+def positions_of(x_BTD: Tensor, visibility: Visibility, state: State | None) -> Positions:
+    """Positions of the tokens of x, which continue those in the state; the same for all layers of a pass.
 
     Raises:
         ValueError: for packed documents that are to continue a state.
     """
     if state is not None and visibility.starts_BL is not None:
         raise ValueError("packed documents start from nothing: run them without a state, or each by itself with one")
-    return visibility.positions(x_BTD.shape[1], 0 if state is None else state.length, x_BTD.device)
+    T, offset = x_BTD.shape[1], 0 if state is None else state.length
+    return visibility.once(("positions", T, offset), lambda: Positions(visibility.positions(T, offset, x_BTD.device)))
 
 
 def attend(

@@ -16,7 +16,7 @@ from archs.contracts import Mixer, State
 from archs.mixers.attention import Attention
 from archs.mixers.latent_attention import LatentAttention
 from archs.mixers.softmax import positions_of
-from archs.positions import Alibi, Rotary
+from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
 
@@ -41,12 +41,12 @@ class Indexer(nn.Module):
         self.key_norm = nn.LayerNorm(dim, eps=1e-6)
         self.weights = nn.Linear(width, heads, bias=False)
 
-    def keys(self, x_BTD: Tensor, position: Tensor) -> Tensor:
-        """The key [B, T, 1, F] of each token, which a cache keeps; position: [T] or [B, T]."""
+    def keys(self, x_BTD: Tensor, position: Positions) -> Tensor:
+        """The key [B, T, 1, F] of each token, which a cache keeps; position: of x."""
         return self.position(self.key_norm(self.key(x_BTD))[:, :, None], position)
 
-    def scores(self, x_BTD: Tensor, query_input: Tensor, k_BS1F: Tensor, position: Tensor) -> Tensor:
-        """I [B, T, S] of the tokens x and the keys of S tokens; float32 or more. position: [T] or [B, T], of x."""
+    def scores(self, x_BTD: Tensor, query_input: Tensor, k_BS1F: Tensor, position: Positions) -> Tensor:
+        """I [B, T, S] of the tokens x and the keys of S tokens; float32 or more. position: of x."""
         q_BTIF = self.position(self.query(query_input).unflatten(-1, (self.heads, -1)), position)
         w_BIT1 = self.weights(x_BTD).mT[..., None] * (self.heads * self.dim) ** -0.5
         match_BITS = (q_BTIF.transpose(1, 2) @ k_BS1F.permute(0, 2, 3, 1)).relu()
@@ -166,7 +166,7 @@ class SparseAttention(Mixer[IndexedCache]):
         self.losses = {"indexer_kl": self.loss_weight * _divergence(p_BTS, scores_BTS)} if self.training else {}
         return output(y_BTHE), state
 
-    def _attention(self, x_BTD: Tensor, position: Tensor, cache: KVCache | None):
+    def _attention(self, x_BTD: Tensor, position: Positions, cache: KVCache | None):
         """Return the input of the indexer's queries; q, k, v of all heads; what brings findings back; the cache."""
         if isinstance(self.attention, LatentAttention):
             absorbed = cache is not None and cache.length > 0

@@ -1,6 +1,7 @@
 """Rotary positions beyond the length of training: each way to stretch them by its formula, and in every backbone."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from archs.language_model import LanguageModel
+from archs.mixers.attention import Attention
 from archs.positions import NTK, Linear, Llama3, Rotary, Yarn
+from archs.visibility import CAUSAL, Visibility, block_causal
 
 halves = st.integers(2, 64)
 factors = st.floats(1, 64)
@@ -108,3 +112,30 @@ def test_yarn_raises_all_scores_by_the_square_of_its_magnitude():
 def test_settings_that_mean_nothing_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+@pytest.mark.parametrize("name", ["packed", "decoding", "two copies"])
+def test_turns_are_computed_once_per_pass_and_are_those_of_each_layer_by_itself(name, monkeypatch):
+    """Two encodings among four layers, one of them stretched, so two tables."""
+    encodings = {"near": Rotary(), "far": Rotary(base=1e6, scaling=Yarn(4.0, 64))}
+    mixers = {name: partial(Attention, head_dim=8, queries_per_kv=1, position=p) for name, p in encodings.items()}
+    model = LanguageModel(11, 16, ["near", "far"], mixers, depth=4).double()
+    tokens = torch.arange(24).remainder(11).view(2, 12)
+    visibility = block_causal(3) if name == "two copies" else CAUSAL
+    if name == "packed":
+        visibility = visibility.packed((tokens == 0) | (tokens == 4))
+
+    def run():
+        if name != "decoding":
+            return model.hidden(tokens, visibility)
+        _, states = model.extend(tokens[:, :7], model.empty_states(2))
+        made.clear()
+        return model.extend(tokens[:, 7:], states)[0]
+
+    made, turns = [], Rotary.turns
+    monkeypatch.setattr(Rotary, "turns", lambda self, *rest: made.append(self) or turns(self, *rest))
+    once = run()
+    assert made == list(encodings.values())
+    monkeypatch.setattr(Visibility, "for_one_pass", lambda self: self)
+    each = run()
+    assert torch.equal(once, each) and len(made) == 4 + (2 if name != "decoding" else 0)
