@@ -17,10 +17,10 @@ class BlockSizes(NamedTuple):
     """The block that a program holds, its warps and its pipeline stages.
 
     Attributes:
-        rows: tokens of the convolution; of a state key dimensions of the delta rule, channels of the state space dual
-            form.
-        columns: channels of the convolution; of a state value dimensions of the delta rule, numbers per channel of the
-            state space dual form.
+        rows: tokens of the convolution; rows of the grouped product; of a state key dimensions of the delta rule,
+            channels of the state space dual form.
+        columns: channels of the convolution; of the grouped product numbers of a row of the output; of a state value
+            dimensions of the delta rule, numbers per channel of the state space dual form.
         forward_warps, backward_warps: warps of a program in the forward and in the backward pass.
         stages: pipeline stages; of the delta rule in the kernels that go through a sequence, the others have one.
     """
@@ -58,6 +58,11 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             64: BlockSizes(rows=64, columns=32, forward_warps=2, backward_warps=2, stages=1),
             128: BlockSizes(rows=128, columns=16, forward_warps=2, backward_warps=2, stages=1),
             256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+        },
+    },
+    "grouped_matmul": {
+        (8, 0): {
+            ANY_SIZE: BlockSizes(rows=128, columns=128, forward_warps=8, backward_warps=8, stages=3),
         },
     },
     "ssd": {

@@ -12,13 +12,13 @@ class Operation:
     """A public function with what its trials need.
 
     Attributes:
-        run: the public function; takes a `backend` and gives outputs and states.
-        random_problem: tokens and sizes -> inputs of `run` by name, in float64 on the CPU.
+        run: the public function; takes a `backend` and gives outputs, alone or in front of states.
+        random_problem: tokens and sizes -> inputs of `run` by name, in float64 or of integers, on the CPU.
         kept: inputs that models keep in float32 where the others are in half precision.
         differentiable: whether there are gradients.
     """
 
-    run: Callable[..., tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor]]
+    run: Callable[..., Tensor | tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor]]
     random_problem: Callable[..., dict[str, Tensor]]
     kept: frozenset[str]
     differentiable: bool = True
@@ -29,10 +29,19 @@ class Operation:
 
     def on_backend(self, backend: str) -> Callable[..., Tensor]:
         """Return the outputs as a function of the inputs by name."""
-        return lambda **inputs: self.run(**inputs, backend=backend)[0]
+
+        def outputs(**inputs: Tensor) -> Tensor:
+            found = self.run(**inputs, backend=backend)
+            return found if isinstance(found, Tensor) else found[0]
+
+        return outputs
 
     def leaves(self, inputs: dict[str, Tensor], device: str, dtype: torch.dtype, gradients: bool) -> dict[str, Tensor]:
-        """Return copies of the inputs on a device, in `dtype` or as models keep them, that ask for gradients or not."""
+        """Return copies of the inputs on a device, in `dtype` or as models keep them, that ask for gradients or not;
+        integers stay integers, without."""
         exact = torch.promote_types(dtype, torch.float32)
-        tensors = {name: x.to(device, exact if name in self.kept else dtype) for name, x in inputs.items()}
-        return {name: x.detach().requires_grad_(gradients) for name, x in tensors.items()}
+        moved = {}
+        for name, x in inputs.items():
+            wanted = (exact if name in self.kept else dtype) if x.is_floating_point() else x.dtype
+            moved[name] = x.to(device, wanted).detach().requires_grad_(gradients and x.is_floating_point())
+        return moved
