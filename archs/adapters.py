@@ -3,10 +3,10 @@
     LoRA(rank=8, alpha=32).adapt(model)   # the base stays as it is, the adapters learn
     merge(model)                          # a plain model again, of the same logits
 
-Shape letters: T tokens.
+Shape letters: T tokens, P pairs of a token and an expert, sorted by expert, E experts, D width of a layer's input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,10 +46,9 @@ class LowRankExperts(LowRank, ExpertLinear):
             )
         _begin(self, layer, rank, scale)
 
-    def forward(self, segments: Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
-        outputs = super().forward(segments, experts)
-        low = self.lora_B(self.lora_A(segments, experts), experts)
-        return [y + self.scale * z for y, z in zip(outputs, low, strict=True)]
+    def forward(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
+        low = self.lora_B(self.lora_A(x_PD, counts_E), counts_E)
+        return super().forward(x_PD, counts_E) + self.scale * low
 
 
 Adapted = LowRankLinear | LowRankExperts

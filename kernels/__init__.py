@@ -1,12 +1,14 @@
-"""Operations of the recurrent mixers: tensors in and out, several backends each.
+"""Operations of the mixers and channels: tensors in and out, several backends each.
 
 The face of the package is the functions below. One folder per operation, all with the same files:
 
     __init__.py          the public function: signature, shapes, errors; and OPERATION, for trials and tests
-    reference.py         the definition, token by token; every other backend is tested against it in float64
-    chunked.py           the fast path on any device (depthwise.py for the convolution), and the count of its FLOPs
+    reference.py         the definition, as plain as can be; every other backend is tested against it in float64
+    chunked.py           the fast path on any device (depthwise.py for the convolution, segments.py for the grouped
+                         product), and the count of its FLOPs
     triton_kernels.py    the kernels for GPUs
-    triton_operators.py  their registration with PyTorch: autograd, torch.compile, FlopCounterMode
+    triton_operators.py  their registration with PyTorch: autograd, torch.compile, FlopCounterMode (operators.py where
+                         the fast path is registered too)
     problems.py          random problems for trials, tests and benchmarks
 
 `common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
@@ -19,6 +21,7 @@ from kernels.common.arguments import check_boundaries
 from kernels.convolution import causal_conv1d, causal_conv1d_flops
 from kernels.delta import gated_delta_rule, gated_delta_rule_flops
 from kernels.delta_step import gated_delta_step, gated_delta_step_flops
+from kernels.grouped import grouped_matmul, grouped_matmul_flops
 from kernels.state_space import ssd, ssd_flops
 
 __all__ = [
@@ -29,6 +32,8 @@ __all__ = [
     "gated_delta_rule_flops",
     "gated_delta_step",
     "gated_delta_step_flops",
+    "grouped_matmul",
+    "grouped_matmul_flops",
     "ssd",
     "ssd_flops",
 ]

@@ -1,10 +1,13 @@
-"""The linear layers of experts."""
+"""The linear layers of experts.
 
-from collections.abc import Sequence
+Shape letters: P pairs of a token and an expert, sorted by expert, E experts, D and F width of the input and output.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels import grouped_matmul
 
 
 class ExpertLinear(nn.Module):
@@ -29,15 +32,11 @@ class ExpertLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, segments: Sequence[Tensor], experts: Sequence[int]) -> list[Tensor]:
-        """Bring each segment [n, in_features], with n its own, through the expert named beside it: [n,
-        out_features]."""
-        # Where autograd records, indexing would cost a gradient as large as all experts for each of them; unbind stacks
-        # them once. Where it does not, unbind would cost a view of each expert for the few that one token uses.
-        stacked = torch.is_grad_enabled()
-        weights = self.weight.unbind() if stacked else self.weight
-        biases = self.bias.unbind() if stacked and self.bias is not None else self.bias
-        return [
-            F.linear(x, weights[e], None if biases is None else biases[e])
-            for x, e in zip(segments, experts, strict=True)
-        ]
+    def forward(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
+        """Bring rows x [P, in_features], of which the first counts[0] go through the first expert, the next counts[1]
+        through the second and so on, to [P, out_features]."""
+        y_PF = grouped_matmul(x_PD, self.weight.mT, counts_E)
+        if self.bias is None:
+            return y_PF
+        expert_P = torch.repeat_interleave(counts_E, output_size=len(x_PD))
+        return y_PF + F.embedding(expert_P, self.bias.to(y_PF.dtype))

@@ -1,19 +1,17 @@
 """Mixture of experts.
 
 Shape letters: B sequences, T tokens of each, N tokens in all, D model width, E experts, K experts per token, P = N K
-pairs of a token and an expert.
+pairs of a token and an expert, sorted by expert.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archs.channels.experts import ExpertLinear
 from archs.channels.mlp import MLP, activate, check_activation, hidden_width
+from archs.channels.pairs import Pairs
 from archs.channels.router import Router
 from archs.contracts import Channel
-
-ROWS = 64  # bfloat16 on CPUs: an expert's tokens are filled up to a multiple of this
 
 
 class MoE(Channel):
@@ -79,44 +77,24 @@ class MoE(Channel):
         if shared_gate:
             self.shared_gate = nn.Linear(width, 1, bias=False)
         # Of the last training forward: choices of each expert, and pairs of a token and an expert asked and computed.
-        self.loads: list[int] = []
+        self.load_E: Tensor | None = None
         self.asked = self.computed = 0
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Bring each token of x through its experts."""
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, load_E = self.router(x_ND)
-        loads = self._on_host(load_E, chosen_NK.numel())
-        active = [e for e, load in enumerate(loads) if load]
-        # All pairs of a token and an expert, by expert: each expert's tokens are one segment.
-        order_P = chosen_NK.flatten().argsort(stable=True)
-        place_P = torch.empty_like(order_P)
-        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        sizes = [loads[e] for e in active]
-        segments = x_ND.index_select(0, order_P // chosen_NK.shape[1]).split(sizes)
-        if x_ND.device.type == "cpu" and (x_ND.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")):
-            # oneDNN prepares a bfloat16 product anew for every number of rows, which takes longer than the product.
-            segments = [F.pad(x, (0, 0, 0, -len(x) % ROWS)) if len(x) > 1 else x for x in segments]
-        hidden = [activate(h, self.activation, self.gated) for h in self.gate_up(segments, active)]
-        y_PD = torch.cat([y[:n] for y, n in zip(self.out_proj(hidden, active), sizes, strict=True)])
-        # The sum over a token's experts, weighted by the gates, without a copy of y in the tokens' order.
-        gates_NK = gates_NK.to(y_PD.dtype)
-        y_ND = F.embedding_bag(place_P.view_as(chosen_NK), y_PD, per_sample_weights=gates_NK, mode="sum")
+        pairs = Pairs.of(chosen_NK)
+        hidden = activate(self.gate_up(pairs.spread(x_ND), load_E), self.activation, self.gated)
+        y_PD = self.out_proj(hidden, load_E)
+        y_ND = pairs.collect(y_PD, gates_NK.to(y_PD.dtype))
         if self.training:
-            self.loads, self.asked, self.computed = loads, chosen_NK.numel(), len(y_PD)
+            self.load_E, self.asked, self.computed = load_E, chosen_NK.numel(), len(y_PD)
         y_BTD = y_ND.view(x_BTD.shape)
         if self.shared is None:
             return y_BTD
         shared_BTD = self.shared(x_BTD)
         return y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
-
-    @staticmethod
-    def _on_host(load_E: Tensor, pairs: int) -> list[int]:
-        """The loads as numbers. Meta tensors have none: even loads stand for them, any loads cost the same."""
-        if not load_E.is_meta:
-            return load_E.tolist()
-        even, rest = divmod(pairs, len(load_E))
-        return [even + (e < rest) for e in range(len(load_E))]
 
     def residual_projections(self) -> tuple[nn.Module, ...]:
         return (self.out_proj,) if self.shared is None else (self.out_proj, self.shared.out_proj)
@@ -137,13 +115,13 @@ class MoE(Channel):
         dead_experts: fraction of the experts that no token chose.
         dropped_tokens: fraction of the chosen (token, expert) pairs that were not computed.
         """
-        if not self.loads:
+        if self.load_E is None:
             return {}
-        experts = len(self.loads)
+        loads = self.load_E.tolist()
         return {
-            "expert_load": max(self.loads) * experts / self.asked,
+            "expert_load": max(loads) * len(loads) / self.asked,
             "router_entropy": torch.special.entr(self.router.fraction_E).sum().item(),
-            "dead_experts": self.loads.count(0) / experts,
+            "dead_experts": loads.count(0) / len(loads),
             "dropped_tokens": 1 - self.computed / self.asked,
         }
 

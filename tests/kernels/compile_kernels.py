@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-from kernels import convolution, delta, delta_step, state_space  # noqa: E402
+from kernels import convolution, delta, delta_step, grouped, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -93,6 +93,7 @@ def usage(cubin: bytes) -> dict:
 def calls(dtype: torch.dtype, size: int) -> Iterator:
     """Calls that together launch every kernel, with heads of this size; as published, those of the state space dual
     form have half as many channels as their state has numbers."""
+    many_rows = {"x": torch.zeros(384, size, dtype=dtype, requires_grad=True), "counts": torch.tensor([128, 0, 256])}
     for operation, sizes, changes in (
         (convolution.OPERATION, {"channels": 8}, [{}]),
         (delta.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}]),
@@ -101,6 +102,7 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
             {"heads": 2, "groups": 1, "head_dim": size // 2, "state_size": size},
             [{}, {"D": None}],
         ),
+        (grouped.OPERATION, {"experts": 3, "width": size, "outputs": 2 * size}, [{}, many_rows]),
     ):
         for change in changes:  # without D, y is in the dtype of x
             inputs = (
@@ -108,11 +110,11 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
             )
 
             def train(operation=operation, inputs=inputs):
-                operation.run(**inputs, backend="triton")[0].sum().backward()
+                operation.on_backend("triton")(**inputs).sum().backward()
 
             @torch.no_grad()
             def decode(operation=operation, inputs=inputs):
-                operation.run(**inputs, backend="triton")
+                operation.on_backend("triton")(**inputs)
 
             yield operation.name, train
             yield operation.name, decode
