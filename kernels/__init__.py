@@ -22,6 +22,12 @@ from kernels.convolution import causal_conv1d, causal_conv1d_flops
 from kernels.delta import gated_delta_rule, gated_delta_rule_flops
 from kernels.delta_step import gated_delta_step, gated_delta_step_flops
 from kernels.grouped import grouped_matmul, grouped_matmul_flops
+from kernels.indexer import (
+    lightning_indexer,
+    lightning_indexer_flops,
+    lightning_indexer_loss,
+    lightning_indexer_loss_flops,
+)
 from kernels.state_space import ssd, ssd_flops
 
 __all__ = [
@@ -34,6 +40,10 @@ __all__ = [
     "gated_delta_step_flops",
     "grouped_matmul",
     "grouped_matmul_flops",
+    "lightning_indexer",
+    "lightning_indexer_flops",
+    "lightning_indexer_loss",
+    "lightning_indexer_loss_flops",
     "ssd",
     "ssd_flops",
 ]

@@ -18,9 +18,10 @@ class BlockSizes(NamedTuple):
 
     Attributes:
         rows: tokens of the convolution; rows of the grouped product; of a state key dimensions of the delta rule,
-            channels of the state space dual form.
+            channels of the state space dual form; queries of the lightning indexer.
         columns: channels of the convolution; of the grouped product numbers of a row of the output; of a state value
-            dimensions of the delta rule, numbers per channel of the state space dual form.
+            dimensions of the delta rule, numbers per channel of the state space dual form; keys of the lightning
+            indexer.
         forward_warps, backward_warps: warps of a program in the forward and in the backward pass.
         stages: pipeline stages; of the delta rule in the kernels that go through a sequence, the others have one.
     """
@@ -63,6 +64,16 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
     "grouped_matmul": {
         (8, 0): {
             ANY_SIZE: BlockSizes(rows=128, columns=128, forward_warps=8, backward_warps=8, stages=3),
+        },
+    },
+    "lightning_indexer": {
+        (8, 0): {
+            128: BlockSizes(rows=32, columns=128, forward_warps=4, backward_warps=4, stages=2),
+            256: BlockSizes(rows=32, columns=64, forward_warps=4, backward_warps=4, stages=1),
+        },
+        (9, 0): {
+            128: BlockSizes(rows=32, columns=128, forward_warps=4, backward_warps=4, stages=3),
+            256: BlockSizes(rows=32, columns=64, forward_warps=4, backward_warps=4, stages=2),
         },
     },
     "ssd": {

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-from kernels import convolution, delta, delta_step, grouped, state_space  # noqa: E402
+from kernels import convolution, delta, delta_step, grouped, indexer, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -123,6 +123,20 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
     for change in ({}, {"a": None, "A_log": None, "dt_bias": None}):
         inputs = step.leaves(step.random_problem(1, **sizes), "cpu", dtype, gradients=False) | change
         yield step.name, partial(step.run, **inputs, backend="triton")
+    yield from picks(dtype, size)
+
+
+def picks(dtype: torch.dtype, size: int) -> Iterator:
+    """Calls of the lightning indexer with the heads and the picks of DeepSeek-V3.2, of one document and of several."""
+    operation = indexer.OPERATION
+    problem = operation.random_problem(3, batch=1, heads=64, head_dim=size)
+    inputs = operation.leaves(problem, "cpu", dtype, gradients=False)
+    for causal, cu_seqlens in ((True, None), (False, None), (True, torch.tensor([0, 1, 3]))):
+
+        def pick(causal=causal, cu_seqlens=cu_seqlens):
+            indexer.lightning_indexer(**inputs, topk=2048, causal=causal, cu_seqlens=cu_seqlens, backend="triton")
+
+        yield operation.name, pick
 
 
 def main(targets: list[tuple[int, str, int]]) -> None:

@@ -1,0 +1,86 @@
+"""The Triton kernels as a PyTorch operator: known to torch.compile and to FlopCounterMode.
+
+Shape letters: B rows of the batch, T queries, R of them in a block, S keys, H heads of D dimensions.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.common.launch import (
+    block_for,
+    block_sizes,
+    check_dtype,
+    launch_kernel,
+    power_of_two,
+    precision_for,
+)
+from kernels.indexer import triton_kernels as kernels
+from kernels.indexer.blocks import count_flops
+from kernels.indexer.ranges import visible_ranges
+
+LARGEST_HEAD = 256
+MOST_HEADS = 128
+SCORES = 1 << 23  # of a block of queries, in float32: 32 MiB, which the cache of a large GPU holds
+LARGEST_TILE = {torch.float32: (64, 32)}  # keys and dimensions at a time, of a product in three parts
+SELECT_BLOCK, SELECT_WARPS = 2048, 8  # scores that a program selects from at a time
+
+
+def queries_at_once(B: int, T: int, S: int, multiple: int) -> int:
+    """Return how many queries of each sequence have their scores in memory: whole tiles of queries, at least one."""
+    return min(T, max(1, SCORES // (B * S * multiple)) * multiple)
+
+
+@torch.library.custom_op("archipelago::lightning_indexer", mutates_args=())
+def lightning_indexer(
+    q: Tensor, k: Tensor, weights: Tensor, cu_seqlens: Tensor | None, topk: int, causal: bool
+) -> Tensor:
+    """Return the picks [B, T, topk], shapes as in `kernels.lightning_indexer`."""
+    (B, T, H, D), S = q.shape, k.shape[1]
+    sizes = block_sizes("lightning_indexer", D, q)
+    begins, ends = (None, None) if cu_seqlens is None else visible_ranges(T, S, causal, cu_seqlens, q)
+    R = queries_at_once(B, T, S, sizes.rows)
+    scores = torch.empty(B, R, S, dtype=torch.float32, device=q.device)
+    out = torch.empty(B, T, topk, dtype=torch.int32, device=q.device)
+    named: dict = {"T": T, "S": S, "H": H, "D": D, "K": topk, "CAUSAL": causal, "PACKED": cu_seqlens is not None}
+    named |= {"begins": begins, "ends": ends}
+    keys, dimensions = LARGEST_TILE.get(q.dtype, (sizes.columns, LARGEST_HEAD))
+    named |= {"BLOCK_R": sizes.rows, "BLOCK_H": block_for(H, MOST_HEADS), "BLOCK_D": block_for(D, dimensions)}
+    named |= {"BLOCK_K": min(1024, power_of_two(topk)), "PRECISION": precision_for(q.dtype)}
+    run = partial(launch_kernel, named=named)
+    for first in range(0, T, R):
+        rows = min(R, T - first)
+        named |= {"first": first, "R": rows, "BLOCK_S": keys}
+        grid = (-(-S // keys), -(-rows // sizes.rows), B)
+        run(kernels.scores_kernel, q, k, weights, scores, grid=grid, warps=sizes.forward_warps, stages=sizes.stages)
+        named["BLOCK_S"] = SELECT_BLOCK
+        run(kernels.select_kernel, scores, out, grid=(rows, B), warps=SELECT_WARPS, stages=1)
+    return out
+
+
+@lightning_indexer.register_fake
+def _(q, k, weights, cu_seqlens, topk, causal):
+    return q.new_empty(*q.shape[:2], topk, dtype=torch.int32)
+
+
+register_flop_formula(torch.ops.archipelago.lightning_indexer)(count_flops)
+
+
+def lightning_indexer_triton(
+    q: Tensor, k: Tensor, weights: Tensor, cu_seqlens: Tensor | None, topk: int, causal: bool
+) -> Tensor:
+    """Return the picks [B, T, topk], shapes as in `kernels.lightning_indexer`.
+
+    Raises:
+        ValueError: for a dtype other than float32, bfloat16 and float16, more than 256 dimensions or 128 heads.
+    """
+    check_dtype(q)
+    H, D = q.shape[2:]
+    if D > LARGEST_HEAD or H > MOST_HEADS:
+        raise ValueError(
+            f"{H} index heads of {D} dimensions: the Triton kernels take up to {MOST_HEADS} heads of up to "
+            f"{LARGEST_HEAD}; choose backend='torch'"
+        )
+    return lightning_indexer(q.contiguous(), k.contiguous(), weights.contiguous(), cu_seqlens, topk, causal)
