@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from archs.contracts import Mixer, State
 from archs.mixers.attention import Attention
 from archs.mixers.latent_attention import LatentAttention
-from archs.mixers.softmax import positions_of
+from archs.mixers.softmax import attend, positions_of
 from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
+from kernels import lightning_indexer, lightning_indexer_loss
 
 
 class Indexer(nn.Module):
@@ -43,19 +44,18 @@ class Indexer(nn.Module):
 
     def keys(self, x_BTD: Tensor, position: Positions) -> Tensor:
         """The key [B, T, 1, F] of each token, which a cache keeps; position: of x."""
-        return self.position(self.key_norm(self.key(x_BTD))[:, :, None], position)
+        k_BTF = self.key(x_BTD)
+        return self.position(self.key_norm(k_BTF).to(k_BTF.dtype)[:, :, None], position)  # autocast norms in float32
 
-    def scores(self, x_BTD: Tensor, query_input: Tensor, k_BS1F: Tensor, position: Positions) -> Tensor:
-        """I [B, T, S] of the tokens x and the keys of S tokens; float32 or more. position: of x."""
+    def queries(self, x_BTD: Tensor, query_input: Tensor, position: Positions) -> tuple[Tensor, Tensor]:
+        """The queries [B, T, I, F] of the tokens x and their heads' weights [B, T, I]; position: of x."""
         q_BTIF = self.position(self.query(query_input).unflatten(-1, (self.heads, -1)), position)
-        w_BIT1 = self.weights(x_BTD).mT[..., None] * (self.heads * self.dim) ** -0.5
-        match_BITS = (q_BTIF.transpose(1, 2) @ k_BS1F.permute(0, 2, 3, 1)).relu()
-        return (match_BITS * w_BIT1).sum(1, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+        return q_BTIF, self.weights(x_BTD) * (self.heads * self.dim) ** -0.5
 
-    def flops(self, T: int, visibility: Visibility) -> int:
-        """Forward FLOPs of one sequence: projections, and products of queries and keys over the visible pairs."""
+    def flops(self, T: int, pairs: int) -> int:
+        """Forward FLOPs of the projections of one sequence, and of the products of queries and keys of some pairs."""
         weights = sum(layer.weight.numel() for layer in (self.query, self.key, self.weights))
-        return 2 * T * weights + 2 * self.heads * self.dim * visibility.pairs(T)
+        return 2 * T * weights + 2 * self.heads * self.dim * pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,26 +144,18 @@ class SparseAttention(Mixer[IndexedCache]):
         position = positions_of(x_BTD, visibility, state)
         before = None if state is None else state.attention
         query_input, q, k, v, output, cache = self._attention(x_BTD, position, before)
+        index = x_BTD.detach(), query_input.detach(), position
+        index_q, index_weights = self.indexer.queries(*index)
         index_k = self.indexer.keys(x_BTD.detach(), position)
         if state is not None and cache is not None:
-            index_k, _, index = state.index.append(index_k, index_k[..., :0])
-            state = IndexedCache(cache, index)
-        scores_BTS = self.indexer.scores(x_BTD.detach(), query_input.detach(), index_k, position)
-
-        T, S = scores_BTS.shape[1:]
-        seen = visibility.visible(T, S, device=x_BTD.device)
-        if seen is not None:
-            scores_BTS = scores_BTS.masked_fill(~(seen if seen.dim() == 2 else seen[:, 0]), -torch.inf)
-        if self.stage == "sparse" and self.top_k < S:
-            picked_BTS = pick(scores_BTS, self.top_k)
-            if T == 1:  # read no more than was picked
-                picked_BTK = picked_BTS.byte().topk(self.top_k, dim=-1).indices
-                k, v = (x.take_along_dim(picked_BTK.mT[..., None], dim=1) for x in (k, v))
-                scores_BTS = scores_BTS.gather(2, picked_BTK)
-            else:
-                scores_BTS = scores_BTS.masked_fill(~picked_BTS, -torch.inf)
-        y_BTHE, p_BTS = _attend(q, k, v, scores_BTS.isneginf(), self.attention.scale)
-        self.losses = {"indexer_kl": self.loss_weight * _divergence(p_BTS, scores_BTS)} if self.training else {}
+            index_k, _, kept = state.index.append(index_k, index_k[..., :0])
+            state = IndexedCache(cache, kept)
+        asked = index_q, index_k[:, :, 0], index_weights
+        picked_BTK = self._pick(*asked, visibility) if self.stage == "sparse" and self.top_k < k.shape[1] else None
+        y_BTHE = _attend(q, k, v, picked_BTK, visibility, self.attention.scale)
+        self.losses = {}
+        if self.training:
+            self.losses["indexer_kl"] = self.loss_weight * self._divergence(*asked, q, k, picked_BTK, visibility)
         return output(y_BTHE), state
 
     def _attention(self, x_BTD: Tensor, position: Positions, cache: KVCache | None):
@@ -181,6 +173,29 @@ class SparseAttention(Mixer[IndexedCache]):
             k, v, cache = cache.append(k, v)
         return x_BTD, q, k, v, partial(self.attention.output, x_BTD=x_BTD), cache
 
+    def _pick(self, q: Tensor, k: Tensor, weights: Tensor, visibility: Visibility) -> Tensor:
+        """Places [B, T, K] of the tokens of highest score, as `lightning_indexer` gives them."""
+        options = {"causal": visibility.kind is Kind.CAUSAL}
+        if visibility.starts_BL is None:
+            return lightning_indexer(q, k, weights, self.top_k, **options)
+        B, T = q.shape[:2]
+        q, k, weights = _end_to_end(q, k, weights)
+        picked = lightning_indexer(q, k, weights, self.top_k, **options, cu_seqlens=visibility.cu_seqlens())
+        return _shifted(picked.view(B, T, -1), -T)
+
+    def _divergence(
+        self, index_q: Tensor, index_k: Tensor, weights: Tensor, q: Tensor, k: Tensor, picked_BTK: Tensor | None,
+        visibility: Visibility,
+    ) -> Tensor:  # fmt: skip
+        """The mean over tokens of the indexer's loss, over what attention reads."""
+        options = {"scale": self.attention.scale, "causal": visibility.kind is Kind.CAUSAL}
+        tensors = index_q, index_k, weights, q, k
+        if visibility.starts_BL is not None:
+            tensors, options["cu_seqlens"] = _end_to_end(*tensors), visibility.cu_seqlens()
+            if picked_BTK is not None:
+                picked_BTK = _shifted(picked_BTK, q.shape[1]).flatten(0, 1)[None]
+        return lightning_indexer_loss(*tensors, indices=picked_BTK, **options).mean()
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The indexer's loss, "indexer_kl"; none in evaluation."""
         return self.losses
@@ -194,11 +209,24 @@ class SparseAttention(Mixer[IndexedCache]):
         return IndexedCache(self.attention.empty_state(batch), KVCache(keys, nothing))
 
     def flops(self, T: int, visibility: Visibility) -> int:
-        """Forward FLOPs of one sequence, attention over the picked pairs only. (What runs masks the others, and so
-        computes all pairs; only decoding reads no more than it picked. A kernel that gathers is what the count is
-        of.)"""
-        dense = self.attention.flops(T, visibility) + self.indexer.flops(T, visibility)
-        return dense - self.attention.pair_flops * (visibility.pairs(T) - self.pairs(T, visibility))
+        """Forward FLOPs of one sequence: attention over the pairs that it reads (what runs masks the others, and so
+        computes all pairs; a kernel that gathers is what the count is of), the indexer over all visible ones where it
+        picks, and in training, over the pairs read, its loss: the products of the indexer and of the attention."""
+        read, visible = self.pairs(T, visibility), visibility.pairs(T)
+        picks = self.stage == "sparse" and self.top_k < T
+        dense = self.attention.flops(T, visibility) - self.attention.pair_flops * (visible - read)
+        indexed = self.indexer.flops(T, picks * visible + self.training * read)
+        return dense + indexed + self.training * self._score_flops * read
+
+    @property
+    def _score_flops(self) -> int:
+        """FLOPs of the attention's score of one (query, key) pair in all heads."""
+        inner = self.attention
+        return (
+            2
+            * inner.heads
+            * (inner.nope_dim + inner.rope_dim if isinstance(inner, LatentAttention) else inner.head_dim)
+        )
 
     def pairs(self, T: int, visibility: Visibility) -> int:
         """Number of (query, key) pairs that attention reads in a sequence of T tokens."""
@@ -207,28 +235,33 @@ class SparseAttention(Mixer[IndexedCache]):
         return visibility.pairs(T, self.top_k) if visibility.kind is Kind.CAUSAL else T * self.top_k
 
 
-def pick(scores_BTS: Tensor, top_k: int) -> Tensor:
-    """True [B, T, S] at the top_k highest scores of each token, of equal ones (the ReLU makes many zeros) the latest:
-    which of them `torch.topk` takes depends on the length, so that decoding would pick others than a full pass."""
-    least_BT1 = scores_BTS.topk(top_k, dim=-1).values[..., -1:]
-    above_BTS, level_BTS = scores_BTS > least_BT1, scores_BTS == least_BT1
-    room_BT1 = top_k - above_BTS.sum(-1, keepdim=True)
-    return above_BTS | (level_BTS & (level_BTS.flip(-1).cumsum(-1).flip(-1) <= room_BT1))
+def _end_to_end(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each tensor [B, T, ...] one after the other, [1, B T, ...]."""
+    return tuple(x.flatten(0, 1)[None] for x in tensors)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, unseen_BTS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, T, H, E] on k and v [B, S, G, E], not at unseen pairs: what it finds [B, T, H, E], and the
-    mean over the heads of its weights [B, T, S], in float32 or more and without gradient."""
-    kv_heads = k.shape[2]
-    q_BGRTE = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+def _shifted(picked_BTK: Tensor, by: int) -> Tensor:
+    """Places moved by so many per row of the batch, between those in rows and those of rows laid end to end."""
+    rows = torch.arange(len(picked_BTK), device=picked_BTK.device, dtype=picked_BTK.dtype)
+    return torch.where(picked_BTK < 0, -1, picked_BTK + by * rows[:, None, None])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, picked_BTK: Tensor | None, visibility: Visibility, scale: float) -> Tensor:
+    """Attention of q [B, T, H, E] on the picked of k and v [B, S, G, E], on all that is visible where there is no
+    choice: what it finds [B, T, H, E]."""
+    if picked_BTK is None:
+        return attend(q, k, v, visibility, scale=scale)
+    if q.shape[1] == 1:  # reads no more than was picked
+        at = picked_BTK.mT.long()[..., None]
+        k, v = (x.take_along_dim(at, dim=1) for x in (k, v))
+        unseen_BTS = None
+    else:
+        B, T, S = *q.shape[:2], k.shape[1]
+        seen = torch.zeros(B, T, S + 1, dtype=torch.bool, device=q.device)
+        unseen_BTS = ~seen.scatter_(2, torch.where(picked_BTK < 0, S, picked_BTK).long(), True)[..., :S]
+    q_BGRTE = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
     k_BG1ES, v_BG1SE = k.permute(0, 2, 3, 1)[:, :, None], v.transpose(1, 2)[:, :, None]
     scores = (q_BGRTE * scale) @ k_BG1ES
-    p = scores.masked_fill(unseen_BTS[:, None, None], -torch.inf).softmax(-1)
-    y_BTHE = (p.to(v.dtype) @ v_BG1SE).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return y_BTHE, p.detach().mean((1, 2), dtype=torch.promote_types(p.dtype, torch.float32))
-
-
-def _divergence(p_BTS: Tensor, scores_BTS: Tensor) -> Tensor:
-    """Mean over tokens of KL(p || softmax(scores)); unseen pairs have p = 0 and scores of -inf."""
-    log_q = scores_BTS.log_softmax(-1).masked_fill(scores_BTS.isneginf(), 0.0)
-    return (torch.xlogy(p_BTS, p_BTS) - p_BTS * log_q).sum(-1).mean()
+    if unseen_BTS is not None:
+        scores = scores.masked_fill(unseen_BTS[:, None, None], -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v_BG1SE).permute(0, 3, 1, 2, 4).flatten(2, 3)

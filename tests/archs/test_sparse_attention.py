@@ -2,13 +2,14 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
 from archs.mixers.attention import Attention
 from archs.mixers.latent_attention import LatentAttention
-from archs.mixers.sparse_attention import Indexer, SparseAttention, pick
+from archs.mixers.sparse_attention import Indexer, SparseAttention
 from archs.positions import Alibi, Rotary
 from archs.visibility import BIDIRECTIONAL, CAUSAL
 
@@ -143,6 +144,24 @@ def test_the_indexers_loss_is_the_divergence_from_the_mean_of_the_heads(base, vi
 
 
 @bases
+@visibilities
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_in_packed_documents_output_and_loss_are_those_of_each_alone(base, visibility, stage):
+    mixer, x, bounds = build(base, stage=stage), inputs(), [[0, 3, 20, T], [0, 31, T]]
+    starts = torch.zeros(2, T, dtype=torch.bool)
+    for row, begins in enumerate(bounds):
+        starts[row, begins[:-1]] = True
+    packed, _ = mixer(x, visibility.packed(starts))
+    got, total = mixer.auxiliary_losses()["indexer_kl"], 0.0
+    for row, begins in enumerate(bounds):
+        for begin, end in pairwise(begins):
+            alone, _ = mixer(x[row : row + 1, begin:end], visibility)
+            torch.testing.assert_close(packed[row : row + 1, begin:end], alone, rtol=1e-9, atol=1e-9)
+            total = total + mixer.auxiliary_losses()["indexer_kl"] * (end - begin)
+    torch.testing.assert_close(got, total / (2 * T), rtol=1e-9, atol=1e-12)
+
+
+@bases
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_the_objective_never_reaches_the_indexer_and_its_loss_nothing_else(base, stage):
     mixer, x = build(base, stage=stage), inputs().requires_grad_()
@@ -165,25 +184,17 @@ def test_outside_training_there_is_no_loss():
     assert mixer.auxiliary_losses() == {}
 
 
-def test_of_equal_scores_the_latest_are_picked_whatever_the_length():
-    scores = torch.tensor([[[0.0, 2.0, 0.0, 0.0, -1.0, 0.0]]])
-    assert pick(scores, 3).tolist() == [[[False, True, False, True, False, True]]]
-    assert pick(torch.zeros(1, 1, 5), 2).tolist() == [[[False, False, False, True, True]]]
-    scores = torch.randint(0, 3, (2, 40, 40), generator=torch.Generator().manual_seed(0)).float()
-    assert (pick(scores, TOP_K).sum(-1) == TOP_K).all()
-
-
 def test_the_sign_of_a_heads_weight_counts():
     """A softmax over the heads' weights, or their absolute values, would rank another way."""
     torch.manual_seed(0)
     indexer = Indexer(4, 4, heads=2, dim=2, position=Rotary(fraction=1.0))
     x = torch.randn(1, 6, 4)
     place = torch.arange(6)
-    scores = indexer.scores(x, x, indexer.keys(x, place), place)
+    q, weights = indexer.queries(x, x, place)
     with torch.no_grad():
         indexer.weights.weight.neg_()
-    torch.testing.assert_close(indexer.scores(x, x, indexer.keys(x, place), place), -scores)
-    assert scores.abs().max() > 0
+    torch.testing.assert_close(indexer.queries(x, x, place), (q, -weights))
+    assert weights.min() < 0 < weights.max()
 
 
 @bases
