@@ -11,6 +11,8 @@ The face of the package is the functions below. One folder per operation, all wi
                          the fast path is registered too)
     problems.py          random problems for trials, tests and benchmarks
 
+The delta rule of `fast_weights/` has no Triton kernels yet; its case `delta/` has.
+
 `common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
 Triton kernels with their block sizes, and Triton functions on tiles. A new operation is a folder with these files,
 its block sizes in `common/launch.py`, a line here, and a case in `tests/kernels/cases.py`, by which it is held to the
@@ -21,6 +23,7 @@ from kernels.common.arguments import check_boundaries
 from kernels.convolution import causal_conv1d, causal_conv1d_flops
 from kernels.delta import gated_delta_rule, gated_delta_rule_flops
 from kernels.delta_step import gated_delta_step, gated_delta_step_flops
+from kernels.fast_weights import delta_rule, delta_rule_flops
 from kernels.grouped import grouped_matmul, grouped_matmul_flops
 from kernels.indexer import (
     lightning_indexer,
@@ -34,6 +37,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_flops",
     "check_boundaries",
+    "delta_rule",
+    "delta_rule_flops",
     "gated_delta_rule",
     "gated_delta_rule_flops",
     "gated_delta_step",

@@ -143,3 +143,40 @@ def state_or_zeros(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -
 def without_autocast(x: Tensor) -> torch.autocast:
     """Return a context in which operations on tensors of x's device keep their dtypes."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def check_dimensions(operation: str, x: Tensor, name: str, letters: str) -> None:
+    """Check how many dimensions a tensor has, one for each of the letters.
+
+    Raises:
+        ValueError: for a tensor of another number.
+    """
+    if x.dim() != letters.count(",") + 1:
+        raise ValueError(f"{operation} takes {name} [{letters}], not {name} {tuple(x.shape)}")
+
+
+def check_heads(name: str, x: Tensor, tokens: tuple[int, ...], heads: int, size: int) -> None:
+    """Check that x is [*tokens, H, size] with H a divisor of `heads`.
+
+    Raises:
+        ValueError: for another shape, or heads that do not divide.
+    """
+    if x.shape[:-2] != tokens or x.shape[-1] != size:
+        raise ValueError(f"{name} is {tuple(x.shape)}, it must be {tokens} with heads of {size} dimensions behind")
+    if x.shape[-2] == 0 or heads % x.shape[-2]:
+        raise ValueError(f"{heads} value heads are not a multiple of {x.shape[-2]} heads of {name}")
+
+
+def check_floating(operation: str, **tensors: Tensor | None) -> None:
+    """Check that all tensors hold floating-point numbers, and all float64 where one does.
+
+    Raises:
+        ValueError: for a tensor of another dtype, or float64 beside less.
+    """
+    dtypes = {name: x.dtype for name, x in tensors.items() if x is not None}
+    for name, dtype in dtypes.items():
+        if not dtype.is_floating_point:
+            raise ValueError(f"{name} is {dtype}: {operation} takes floating-point tensors, convert it")
+    if torch.float64 in dtypes.values() and len(set(dtypes.values())) > 1:
+        said = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{operation} takes float64 for all tensors or for none, convert them; got {said}")

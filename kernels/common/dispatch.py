@@ -40,7 +40,7 @@ def choose_backend(
     backends = list(backends)
     if backend == "auto":
         taken, why = fastest, f"the fastest one measured on {x.device.type}"
-        if is_for_triton(x):
+        if "triton" in backends and is_for_triton(x):
             taken, why = "torch", "Triton's kernels were not right here"
             if triton_is_right(operation, x.dtype, str(x.device), tuple(sizes.items())):
                 taken, why = "triton", f"its kernels were right on {x.device} when tried against the recurrence"
@@ -77,6 +77,30 @@ def _say(operation: str, taken: str, why: str) -> None:
     if (operation, taken, why) not in said:
         said.add((operation, taken, why))
         log.info("%s runs on backend %r: %s", operation, taken, why)
+
+
+def backend_for_transforms(operation: Operation, backend: str) -> str:
+    """Return the backend of an operation whose only backend that knows transforms of torch.func is "reference": that
+    one for "auto" under a transform (grad, vjp, jvp, vmap) or forward-mode derivatives, else the one asked for.
+
+    Raises:
+        ValueError: for another backend by name under a transform; its derivatives would be silently 0.
+    """
+    if backend == "reference" or not transforms_are_active():
+        return backend
+    if backend == "auto":
+        _say(operation.name, "reference", "transforms of torch.func and forward-mode derivatives know no other")
+        return "reference"
+    raise ValueError(
+        f"backend {backend!r} of {operation.name} knows no transforms of torch.func (grad, jvp, vmap) and no "
+        "forward-mode derivatives: choose auto or reference"
+    )
+
+
+@torch.compiler.assume_constant_result  # a transform within a compiled function is active while it is traced
+def transforms_are_active() -> bool:
+    """Return True within a transform of torch.func and within a level of forward-mode derivatives."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_for_triton(x: Tensor) -> bool:

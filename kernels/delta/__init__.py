@@ -9,8 +9,16 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common.arguments import at_least_float32, check_packed, check_shape, state_or_zeros
-from kernels.common.dispatch import choose_backend
+from kernels.common.arguments import (
+    at_least_float32,
+    check_dimensions,
+    check_floating,
+    check_packed,
+    check_shape,
+    state_or_zeros,
+    without_autocast,
+)
+from kernels.common.dispatch import backend_for_transforms, choose_backend
 from kernels.common.operation import Operation
 from kernels.common.packing import run_each_sequence, sequence_count
 from kernels.delta.chunked import gated_delta_rule_chunked, gated_delta_rule_flops
@@ -40,13 +48,14 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Return S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - e^{g_t} S_{t-1}^T k_t))^T;  o_t = scale * S_t^T q_t.
 
-    Without g it is the delta rule of DeltaNet. Linear attention with a scalar decay has no term that erases, which no
-    switch here leaves out: it is `kernels.ssd`.
+    It is the case a = beta k, u = beta v of `kernels.delta_rule`, which also takes gates per channel, other read keys
+    or none, and several writes per token. Without g it is the delta rule of DeltaNet.
 
     Args:
         q, k: [B, T, H, K]; the caller normalises them where the architecture asks for it, or sets use_qk_l2norm.
         v: [B, T, HV, V] with HV a multiple of H; value head i reads key head i // (HV / H).
-        g: [B, T, HV], log of the decay, at most 0; None for none.
+        g: [B, T, HV], log of the decay; None for none. Of any strength: -inf empties the memory. A positive one
+            makes it grow.
         beta: [B, T, HV], the writing strength, 0 to 1.
         scale: factor on the output; K ** -0.5 where None.
         initial_state: [N, HV, K, V], zeros where None.
@@ -55,15 +64,19 @@ def gated_delta_rule(
             cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
         A_log, dt_bias: [HV]; with them g is the input of the gate, -exp(A_log) softplus(g + dt_bias).
         use_qk_l2norm: whether q and k are divided by their norms, x / sqrt(sum(x^2) + 1e-6).
-        backend: "auto" (see `choose_backend`), "torch" (chunked), "reference" (token by token, which is the fastest
-            for one token) or "triton" (float32, bfloat16 and float16, heads of up to 256 dimensions).
+        backend: "auto" (see `choose_backend`; "reference" under transforms of torch.func, which no other knows),
+            "torch" (chunked), "reference" (token by token, which is the fastest for one token) or "triton" (float32,
+            bfloat16 and float16, heads of up to 256 dimensions).
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in float32 (float64 for float64 inputs) or None.
 
     Raises:
-        ValueError: for shapes that do not fit together, or a backend that does not exist or that cannot run here.
+        ValueError: for shapes or dtypes that do not fit together, or a backend that does not exist or that cannot run
+            here.
     """
+    check_dimensions("gated_delta_rule", q, "q", "B, T, H, K")
+    check_dimensions("gated_delta_rule", v, "v", "B, T, HV, V")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     if g is None:
@@ -75,7 +88,7 @@ def gated_delta_rule(
             "gated_delta_rule takes q, k [B, T, H, K], v [B, T, HV, V] and g, beta [B, T, HV]; got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, g {tuple(g.shape)}, beta {tuple(beta.shape)}"
         )
-    if HV % H:
+    if H == 0 or HV % H:
         raise ValueError(f"{HV} value heads are not a multiple of {H} key heads")
     of_gate = [x for x in (A_log, dt_bias) if x is not None]
     if len(of_gate) == 1 or any(x.shape != (HV,) for x in of_gate):
@@ -83,26 +96,32 @@ def gated_delta_rule(
     check_packed(B, T, cu_seqlens)
     state_shape = (sequence_count(B, cu_seqlens), HV, K, V)
     check_shape("initial_state", initial_state, state_shape)
+    check_floating("gated_delta_rule", q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    backend = backend_for_transforms(OPERATION, backend)
     fastest = "torch" if T > 1 else "reference"  # a chunk of one token is the recurrence in more steps
     backend = choose_backend(
         OPERATION, backend, [*BACKENDS, "triton"], fastest, v, key_heads=1, heads=2, head_dim=K, value_dim=V
     )
 
-    if A_log is not None and dt_bias is not None:
-        dtype = at_least_float32(g)
-        g = -A_log.to(dtype).exp() * F.softplus(g.to(dtype) + dt_bias.to(dtype))
-    if use_qk_l2norm:
-        dtype = at_least_float32(q)
-        q, k = (x.to(dtype) * (x.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     scale = K**-0.5 if scale is None else scale
     state = state_or_zeros(initial_state, state_shape, like=q)
-    if backend == "triton":
-        from kernels.delta.triton_operators import gated_delta_rule_triton
+    if not v.numel():
+        return v.clone(), state if output_final_state else None
+    # Autocast would round what is read from the memory to bfloat16.
+    with without_autocast(v):
+        if A_log is not None and dt_bias is not None:
+            dtype = at_least_float32(g)
+            g = -A_log.to(dtype).exp() * F.softplus(g.to(dtype) + dt_bias.to(dtype))
+        if use_qk_l2norm:
+            dtype = at_least_float32(q)
+            q, k = (x.to(dtype) * (x.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        if backend == "triton":
+            from kernels.delta.triton_operators import gated_delta_rule_triton
 
-        o, final_state = gated_delta_rule_triton(q, k, v, g, beta, state, scale, cu_seqlens)
-    else:
-        run = partial(BACKENDS[backend], scale=scale)
-        o, final_state = run_each_sequence(run, [q, k, v, g, beta], state, cu_seqlens, like=v)
+            o, final_state = gated_delta_rule_triton(q, k, v, g, beta, state, scale, cu_seqlens)
+        else:
+            run = partial(BACKENDS[backend], scale=scale)
+            o, final_state = run_each_sequence(run, [q, k, v, g, beta], state, cu_seqlens, like=v)
     return o, final_state if output_final_state else None
 
 

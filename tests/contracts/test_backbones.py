@@ -220,7 +220,7 @@ COUNTED = {
     "bmm",
     "addmm",
     "convolution",
-    "gated_delta_rule_chunked",
+    "delta_rule_chunked",
     "_scaled_dot_product_fused_attention_overrideable",
 }
 FREE = {  # data movement, and elementwise or reducing work of order one FLOP per element

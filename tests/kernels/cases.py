@@ -6,7 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import causal_conv1d_flops, convolution, delta, gated_delta_rule_flops, ssd_flops, state_space
+from kernels import (
+    causal_conv1d_flops,
+    convolution,
+    delta,
+    delta_rule_flops,
+    fast_weights,
+    gated_delta_rule_flops,
+    ssd_flops,
+    state_space,
+)
 from kernels.common.operation import Operation
 
 ROWS = 64  # of a tensor that are judged by themselves
@@ -18,7 +27,7 @@ class Case(NamedTuple):
     Attributes:
         operation: itself.
         sizes: of a small problem, as `operation.random_problem` takes them.
-        chunk: tokens of a chunk of the Triton kernels.
+        chunk: tokens of a chunk of the Triton kernels; None where there are none.
         state: the argument that is the state to begin with.
         options: of the public function, so that it returns the final state.
         flops: tokens and sizes -> forward FLOPs of one sequence.
@@ -26,7 +35,7 @@ class Case(NamedTuple):
 
     operation: Operation
     sizes: dict[str, int]
-    chunk: int
+    chunk: int | None
     state: str
     options: dict[str, bool]
     flops: Callable[..., int]
@@ -67,7 +76,16 @@ CONVOLUTION = Case(
     {},
     lambda T, channels, taps: causal_conv1d_flops(T, channels, taps),
 )
-CASES = [DELTA, SSD, CONVOLUTION]
+FAST_WEIGHTS = Case(
+    fast_weights.OPERATION,
+    {"heads": 1, "key_heads": 1, "head_dim": 32, "value_dim": 16},
+    None,
+    "initial_state",
+    {"output_final_state": True},
+    lambda T, heads, key_heads, head_dim, value_dim: delta_rule_flops(T, heads, head_dim, value_dim, per_channel=True),
+)
+CASES = [DELTA, SSD, CONVOLUTION, FAST_WEIGHTS]
+IN_TRITON = [case for case in CASES if case.chunk is not None]
 
 
 def run(

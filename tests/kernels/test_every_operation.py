@@ -7,12 +7,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.cases import CASES, DELTA, SSD, assert_equal, assert_triton_is_right, assert_within_twice, run
+from tests.kernels.cases import (
+    CASES,
+    DELTA,
+    IN_TRITON,
+    SSD,
+    assert_equal,
+    assert_triton_is_right,
+    assert_within_twice,
+    run,
+)
 
 pytestmark = pytest.mark.thorough
 
 slow = pytest.mark.slow
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation.name)
+every_in_triton = pytest.mark.parametrize("case", IN_TRITON, ids=lambda case: case.operation.name)
 on_triton = pytest.mark.usefixtures("triton_device", "poisoned")
 
 
@@ -21,7 +31,7 @@ def on(device, inputs):
 
 
 @on_triton
-@every
+@every_in_triton
 @pytest.mark.parametrize(
     ("chunks", "more"), [(0, 1), (0, 7), (1, -1), (1, 0), (1, 1), (2, 7), pytest.param(15, 7, marks=slow)]
 )
@@ -30,24 +40,30 @@ def test_triton_is_right_at_every_length(case, triton_device, chunks, more):
 
 
 @on_triton
-@every
+@every_in_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_triton_in_half_precision_errs_no_more_than_twice_as_much(case, triton_device, dtype):
     assert_triton_is_right(case, triton_device, case.problem(case.chunk + 2), dtype)
 
 
-@on_triton
-@every
-@pytest.mark.parametrize("around", [([3], [0, 1, 2]), ([0], [0])], ids=["several", "one between empty ones"])
-def test_packed_sequences_equal_each_by_itself(case, triton_device, around):
+around = pytest.mark.parametrize("around", [([3], [0, 1, 2]), ([0], [0])], ids=["several", "one between empty ones"])
+
+
+def packed(case, around):
+    """Inputs of packed sequences, one of them longer than a chunk, and their boundaries."""
     before, after = around
-    lengths = [*before, case.chunk + 1, *after]
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    lengths = [*before, (case.chunk or 64) + 1, *after]
     inputs = case.problem(sum(lengths))
     inputs[case.state] = case.problem(1, batch=len(lengths), seed=1)[case.state]
+    return inputs, torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+
+
+@every
+@around
+def test_packed_sequences_equal_each_by_itself(case, around):
+    inputs, cu_seqlens = packed(case, around)
     truth = run(case, inputs, "reference", cu_seqlens=cu_seqlens)
     assert_equal(run(case, inputs, "torch", cu_seqlens=cu_seqlens), truth)
-    assert_triton_is_right(case, triton_device, inputs, cu_seqlens=cu_seqlens)
     for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         state = inputs[case.state][n : n + 1]
         if end > start:
@@ -55,6 +71,14 @@ def test_packed_sequences_equal_each_by_itself(case, triton_device, around):
             y, state = case.operation.run(**alone, **case.options)
             torch.testing.assert_close(truth["y"][:, start:end], y)
         torch.testing.assert_close(truth["state"][n : n + 1], state)
+
+
+@on_triton
+@every_in_triton
+@around
+def test_triton_takes_packed_sequences(case, triton_device, around):
+    inputs, cu_seqlens = packed(case, around)
+    assert_triton_is_right(case, triton_device, inputs, cu_seqlens=cu_seqlens)
 
 
 def whole_and_pieces(case, inputs, backend, cuts):
@@ -76,14 +100,14 @@ def test_a_sequence_handed_over_in_pieces_equals_one(case, backend, cuts):
 
 
 @on_triton
-@every
+@every_in_triton
 def test_a_sequence_handed_over_in_pieces_equals_one_in_triton(case, triton_device):
     whole, pieces = whole_and_pieces(case, on(triton_device, case.problem(67)), "triton", [37])
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
 @on_triton
-@every
+@every_in_triton
 def test_two_runs_of_triton_are_equal_bit_for_bit(case, triton_device):
     inputs = case.problem(case.chunk + 1)
     first, second = (run(case, inputs, "triton", triton_device, torch.float32) for _ in range(2))
@@ -110,7 +134,7 @@ def test_autocast_changes_nothing(case, T):
 
 
 @on_triton
-@every
+@every_in_triton
 def test_flops_of_the_triton_operator_are_counted(case, triton_device):
     triton = case.operation.on_backend("triton")
     triton(**on(triton_device, case.problem(1)))  # a counter knows the operators that were there before it
@@ -147,7 +171,7 @@ def test_a_few_tokens_are_decoded_one_by_one_and_counted_so(case, triton_device,
 
 
 @on_triton
-@every
+@every_in_triton
 def test_float64_is_refused_by_triton(case, triton_device):
     with pytest.raises(ValueError, match="take float32, bfloat16 and float16, not torch.float64"):
         run(case, case.problem(5), "triton", triton_device)

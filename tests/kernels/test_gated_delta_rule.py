@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import gated_delta_rule, gated_delta_rule_flops
-from kernels.delta import chunked
 from tests.kernels.cases import DELTA, assert_equal, assert_triton_is_right, run
 
 slow = pytest.mark.slow
@@ -80,34 +79,10 @@ def test_triton_takes_repeated_keys_with_no_and_with_full_writing_strength(trito
     assert_triton_is_right(DELTA, triton_device, inputs)
 
 
-@pytest.mark.parametrize("T", [8, 64, 192])
-def test_counted_flops_are_the_products_that_pytorch_counts_but_for_the_triangular_system(T):
-    """The system is counted as a substitution takes it, and run as an inverse and a full product."""
-    inputs = {name: x.to("meta") for name, x in problem(T).items()}
-    in_place = {torch.ops.aten.baddbmm_: lambda out, a, b, **options: 2 * a.numel() * b[-1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as ran:
-        chunked.chunked_forward(*inputs.values(), 0.3)
-    C, heads = min(T, 64), 2 * 4 * -(-T // 64)
-    with FlopCounterMode(display=False) as inverse:
-        chunked.unit_triangular_inverse(torch.empty(heads, C, C, device="meta"))
-    product = heads * 2 * C * C * (8 + 16)
-    with FlopCounterMode(display=False) as counted:
-        gated_delta_rule(**inputs, backend="torch")
-    assert counted.get_total_flops() == ran.get_total_flops() - inverse.get_total_flops() - product // 2
-    assert counted.get_total_flops() == 2 * gated_delta_rule_flops(T, 4, 8, 16)
-
-
 def test_a_step_is_counted_as_pytorch_counts_it():
     with FlopCounterMode(display=False) as counter:
         gated_delta_rule(**{name: x.to("meta") for name, x in problem(1).items()})
     assert counter.get_total_flops() == 2 * gated_delta_rule_flops(1, 4, 8, 16)
-
-
-@pytest.mark.thorough
-def test_the_chunked_operator_passes_pytorchs_own_checks():
-    inputs = {name: x.float().requires_grad_() for name, x in problem(9, batch=1).items()}
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(chunked.forward, (*inputs.values(), 0.3), test_utils=checks)
 
 
 @pytest.mark.thorough
