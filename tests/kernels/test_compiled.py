@@ -12,17 +12,18 @@ import pytest
 
 pytestmark = pytest.mark.thorough
 
-pytest.importorskip("triton", reason="Triton is in the test extra on Linux")
+triton = pytest.importorskip("triton", reason="Triton is in the test extra on Linux")
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a block may have
+COMMITTED = json.loads((ROOT / "results/bench/compiled.json").read_text())
 
 
 def compile_kernels(targets):
-    """Return what `compile_kernels.py` prints: modules, names of kernels, and a row per compiled kernel."""
+    """Return what `experiments.bench.compiled` prints: modules, names of kernels, and a row per compiled kernel."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_kernels.py"), json.dumps(targets)],
-        capture_output=True, text=True, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "experiments.bench.compiled", json.dumps(targets)],
+        capture_output=True, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     modules, names, *rows = map(json.loads, done.stdout.splitlines())
@@ -50,6 +51,17 @@ def test_kernels_compile_and_fit_into_shared_memory(compiled, record_property):
     _, names, rows = compiled
     record_property("kernels", rows)
     assert_all_fit([(90, "bfloat16", 128)], names, rows)
+
+
+def test_the_committed_table_of_registers_and_shared_memory_is_true(compiled):
+    if triton.__version__ != COMMITTED["triton"]:
+        pytest.skip(f"the table was made with Triton {COMMITTED['triton']}")
+    _, _, rows = compiled
+    assert rows == [row for row in COMMITTED["rows"] if row["head"] == 128]
+
+
+def test_no_kernel_spills_at_the_published_head_sizes():
+    assert [row for row in COMMITTED["rows"] if row["spilled_bytes"]] == []
 
 
 @pytest.mark.slow  # minutes

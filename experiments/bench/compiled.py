@@ -1,12 +1,16 @@
-"""Compiles the Triton kernels for GPUs that need not be there. A process of its own: what Triton interprets it cannot
-compile.
+"""Compiles the Triton kernels for GPUs that need not be there, and says what each takes of one: registers, spills,
+shared memory, blocks per multiprocessor.
 
-Run by test_compiled.py with a JSON list of [architecture, dtype, head size]. The kernels are those that calls of the
-public functions would launch on such a GPU: forward, backward and decoding. Prints JSON: first which of
-the modules that `import kernels` took need Triton, then the names of all kernels, then an object per kernel.
+    python -m experiments.bench.compiled                                # the table results/bench/compiled.md and .json
+    python -m experiments.bench.compiled '[[90, "bfloat16", 128]]'      # JSON of other targets, for the tests
+
+A process of its own: what Triton interprets it cannot compile. The kernels are those that calls of the public functions
+would launch on such a GPU: forward, backward and decoding. Printed are, as JSON, which of the modules that `import
+kernels` took need Triton, the names of all kernels, and one row per compiled kernel.
 """
 
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -16,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -24,11 +29,13 @@ import kernels  # here, so that it is known what it imports
 
 NEED_TRITON = {name: "triton" in vars(module) for name, module in sys.modules.items() if name.startswith("kernels")}
 
+import pandas as pd  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
+from experiments.bench.report import markdown  # noqa: E402
 from kernels import convolution, delta, delta_step, grouped, indexer, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
@@ -77,17 +84,38 @@ def compiled(kernel, arguments: dict, arch: int, **options: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def usage(cubin: bytes) -> dict:
-    """Registers and spilled bytes of a thread, where the toolchain's cuobjdump is there to say."""
+class Multiprocessor(NamedTuple):
+    """What a multiprocessor has: bytes of shared memory, and warps. Each of these generations has 65,536 registers,
+    handed out to warps in units of 256, and room for 32 blocks."""
+
+    shared: int
+    warps: int
+
+
+# CUDA C++ Programming Guide, technical specifications by compute capability; Triton keeps 1 kB of a block.
+MULTIPROCESSORS = {
+    80: Multiprocessor(167_936, 64),
+    90: Multiprocessor(233_472, 64),
+    100: Multiprocessor(233_472, 64),
+}
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Return registers and spilled bytes per thread (they stand on its stack), as the toolchain's cuobjdump says."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return {"registers": found.get("REG"), "stack_bytes": found.get("STACK"), "spilled_bytes": found.get("LOCAL")}
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", said.stdout)}
+    return {"registers": found["REG"], "spilled_bytes": found["STACK"]}
+
+
+def blocks_per_multiprocessor(arch: int, warps: int, registers: int, shared: int) -> int:
+    """Return how many blocks of a kernel fit onto a multiprocessor at once."""
+    has = MULTIPROCESSORS[arch]
+    of_warp = -(-registers * 32 // 256) * 256
+    return min(65_536 // (of_warp * warps), has.shared // (shared + 1024), has.warps // warps, 32)
 
 
 def calls(dtype: torch.dtype, size: int) -> Iterator:
@@ -139,9 +167,8 @@ def picks(dtype: torch.dtype, size: int) -> Iterator:
         yield operation.name, pick
 
 
-def main(targets: list[tuple[int, str, int]]) -> None:
-    print(json.dumps(NEED_TRITON))
-    print(json.dumps(NAMES))
+def rows_of(targets: list[tuple[int, str, int]]) -> Iterator[dict]:
+    """Yield one row per different kernel that calls for a target compile: (architecture, dtype, head size)."""
     for arch, dtype, size in targets:
         seen = set()
         for operation, call in calls(DTYPES[dtype], size):
@@ -151,10 +178,38 @@ def main(targets: list[tuple[int, str, int]]) -> None:
                 if done.hash in seen:
                     continue
                 seen.add(done.hash)
+                used, shared = usage(done.asm["cubin"]), done.metadata.shared
+                blocks = blocks_per_multiprocessor(arch, options["num_warps"], used["registers"], shared)
                 row = {"operation": operation, "kernel": f"{kernel.fn.__module__}.{kernel.fn.__name__}", "arch": arch}
-                row |= {"dtype": dtype, "head": size, **options, "shared_bytes": done.metadata.shared}
-                print(json.dumps(row | usage(done.asm["cubin"])), flush=True)
+                row |= {"dtype": dtype, "head": size, **options, "shared_bytes": shared, **used}
+                yield row | {"blocks_per_multiprocessor": blocks}
+
+
+TABLE = [(90, "bfloat16", 64), (90, "bfloat16", 128)]
+FOUND = Path("results/bench/compiled")
+
+
+def write_table() -> None:
+    """Write the rows of `TABLE` to results/bench/compiled.json, and as a table to compiled.md."""
+    rows = list(rows_of(TABLE))
+    frame = pd.DataFrame(rows)
+    frame["kernel"] = frame["kernel"].str.removeprefix("kernels.").str.replace(".triton_kernels.", "/")
+    where = {"triton": triton.__version__, "command": "python -m experiments.bench.compiled"}
+    text = f"""Triton {where["triton"]}, compiled ahead of time for compute capability 9.0. `{where["command"]}`
+
+Registers and spilled bytes are those of a thread, shared bytes those of a block; a row per form in which a kernel is
+launched, in bfloat16 with heads of 64 and of 128.
+
+{markdown(frame.drop(columns=["arch", "dtype", "operation"]))}"""
+    FOUND.parent.mkdir(parents=True, exist_ok=True)
+    FOUND.with_suffix(".md").write_text(text)
+    FOUND.with_suffix(".json").write_text(json.dumps(where | {"rows": rows}, indent=1) + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    if len(sys.argv) == 1:
+        write_table()
+    else:
+        for said in itertools.chain([NEED_TRITON, NAMES], rows_of(json.loads(sys.argv[1]))):
+            print(json.dumps(said), flush=True)
