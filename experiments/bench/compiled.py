@@ -39,7 +39,8 @@ from experiments.bench.report import markdown  # noqa: E402
 from kernels import convolution, delta, delta_step, grouped, indexer, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in launch.DTYPES}
 MODULES = [module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels.")]
 NAMES = sorted(

@@ -17,8 +17,9 @@ class BlockSizes(NamedTuple):
     """The block that a program holds, its warps and its pipeline stages.
 
     Attributes:
-        rows: tokens of the convolution; rows of the grouped product; of a state key dimensions of the delta rule,
-            channels of the state space dual form; queries of the lightning indexer.
+        rows: tokens of the convolution; rows of the grouped product; value dimensions of the delta rule that the
+            gradients of a chunk take at a time; of a state channels of the state space dual form; queries of the
+            lightning indexer.
         columns: channels of the convolution; of the grouped product numbers of a row of the output; of a state value
             dimensions of the delta rule, numbers per channel of the state space dual form; keys of the lightning
             indexer.
@@ -46,19 +47,19 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
     "gated_delta_rule": {
         (8, 0): {
             64: BlockSizes(rows=64, columns=32, forward_warps=4, backward_warps=4, stages=2),
-            128: BlockSizes(rows=128, columns=32, forward_warps=4, backward_warps=8, stages=2),
-            256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+            128: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
         (9, 0): {
             64: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=2),
-            128: BlockSizes(rows=128, columns=32, forward_warps=4, backward_warps=8, stages=2),
-            256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+            128: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
         # Triton 3.7 fails on these kernels in the tensor memory of Blackwell, which two warps do not use.
         (10, 0): {
             64: BlockSizes(rows=64, columns=32, forward_warps=2, backward_warps=2, stages=1),
-            128: BlockSizes(rows=128, columns=16, forward_warps=2, backward_warps=2, stages=1),
-            256: BlockSizes(rows=256, columns=16, forward_warps=8, backward_warps=8, stages=1),
+            128: BlockSizes(rows=32, columns=16, forward_warps=2, backward_warps=2, stages=1),
+            256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
     },
     "grouped_matmul": {
@@ -90,6 +91,15 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
 def capability(x: Tensor) -> tuple[int, int]:
     """Return the compute capability of the GPU that x is on; (0, 0) for Triton's interpreter."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+
+
+def fill_card(block: int, size: int, others: int, x: Tensor) -> int:
+    """Return the block of a dimension of this size: `block`, or the largest half of halves, down to 16, with which
+    there are as many programs, `others` times those of the dimension, as the GPU of x has multiprocessors."""
+    there = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
+    while block > 16 and others * -(-size // block) < there:
+        block //= 2
+    return block
 
 
 def block_sizes(operation: str, size: float, x: Tensor) -> BlockSizes:
@@ -128,7 +138,7 @@ def check_dtype(x: Tensor) -> None:
 
 
 def launch_kernel(
-    kernel, *tensors: Tensor, grid: tuple[int, ...], named: dict, warps: int = 4, stages: int = 3
+    kernel, *tensors: Tensor | None, grid: tuple[int, ...], named: dict, warps: int = 4, stages: int = 3
 ) -> None:
     """Launch a kernel on the device of its tensors.
 

@@ -91,3 +91,61 @@ def through_ends(from_start, to_last, C: tl.constexpr):
     """Return [C], of every gate the sum of from_start [C] from it on and of to_last [C] before it."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None]
     return tl.sum(tl.where(i >= j, from_start[:, None], to_last[:, None]), 0)
+
+
+# The same without a table of chunks: tokens from `at` on, before `end`, that lie ROW numbers apart, in their own dtype.
+
+
+@triton.jit
+def columns_at(
+    pointer, at, end, ROW: tl.constexpr, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, C: tl.constexpr
+):
+    """Return pointers [C, BLOCK_D] to the tokens from `at` on, from column `first` of a head, and a mask of those that
+    exist."""
+    i, j = tl.arange(0, C), first + tl.arange(0, BLOCK_D)
+    exist = (at + i < end)[:, None]
+    if D % BLOCK_D:
+        exist &= (j < D)[None]
+    # One large offset and many small ones: the small ones stay the same from chunk to chunk.
+    at = tl.full((), 0, tl.int64) + at  # a plain int in the interpreter
+    return pointer + (at * ROW + head * D) + (i[:, None] * ROW + j[None]), exist
+
+
+@triton.jit
+def tokens(pointer, at, end, ROW, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, C: tl.constexpr):
+    """Return what lies at `columns_at`, 0 where nothing exists, as it is in memory."""
+    where, exist = columns_at(pointer, at, end, ROW, head, D, BLOCK_D, first, C)
+    return tl.load(where, mask=exist, other=0.0)
+
+
+@triton.jit
+def put_tokens(x, pointer, at, end, ROW, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, C: tl.constexpr):
+    """Store x [C, BLOCK_D] at `columns_at`."""
+    where, exist = columns_at(pointer, at, end, ROW, head, D, BLOCK_D, first, C)
+    tl.store(where, x.to(pointer.dtype.element_ty), mask=exist)
+
+
+@triton.jit
+def state(pointer, n, HV, hv, K, V, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, first):
+    """Return columns from `first` on of the n-th state of a head, [BLOCK_K, BLOCK_V], 0 where nothing exists."""
+    where, exist = state_at(pointer, n, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
+    return tl.load(where, mask=exist, other=0.0)
+
+
+@triton.jit
+def put_state(x, pointer, n, HV, hv, K, V, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, first):
+    """Store x where `state` reads it."""
+    where, exist = state_at(pointer, n, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
+    tl.store(where, x.to(pointer.dtype.element_ty), mask=exist)
+
+
+@triton.jit
+def numbers(pointer, at, end, heads, head, C: tl.constexpr):
+    """Return [C], a number per token of a head from [tokens, heads] in float32, 0 where there is none; all 1 for no
+    pointer."""
+    i = at + tl.arange(0, C)
+    if pointer is None:
+        found = tl.full((C,), 1.0, tl.float32)
+    else:
+        found = tl.load(pointer + i.to(tl.int64) * heads + head, mask=i < end, other=0.0).to(tl.float32)
+    return found

@@ -104,24 +104,26 @@ def gated_delta_rule(
     )
 
     scale = K**-0.5 if scale is None else scale
-    state = state_or_zeros(initial_state, state_shape, like=q)
     if not v.numel():
+        state = state_or_zeros(initial_state, state_shape, like=q)
         return v.clone(), state if output_final_state else None
     # Autocast would round what is read from the memory to bfloat16.
     with without_autocast(v):
+        if backend == "triton":
+            from kernels.delta.triton_operators import gated_delta_rule_triton
+
+            return gated_delta_rule_triton(
+                q, k, v, g, beta, initial_state, scale, cu_seqlens, A_log, dt_bias, use_qk_l2norm, output_final_state
+            )
         if A_log is not None and dt_bias is not None:
             dtype = at_least_float32(g)
             g = -A_log.to(dtype).exp() * F.softplus(g.to(dtype) + dt_bias.to(dtype))
         if use_qk_l2norm:
             dtype = at_least_float32(q)
             q, k = (x.to(dtype) * (x.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-        if backend == "triton":
-            from kernels.delta.triton_operators import gated_delta_rule_triton
-
-            o, final_state = gated_delta_rule_triton(q, k, v, g, beta, state, scale, cu_seqlens)
-        else:
-            run = partial(BACKENDS[backend], scale=scale)
-            o, final_state = run_each_sequence(run, [q, k, v, g, beta], state, cu_seqlens, like=v)
+        state = state_or_zeros(initial_state, state_shape, like=q)
+        run = partial(BACKENDS[backend], scale=scale)
+        o, final_state = run_each_sequence(run, [q, k, v, g, beta], state, cu_seqlens, like=v)
     return o, final_state if output_final_state else None
 
 

@@ -1,18 +1,27 @@
-"""The gated delta rule in chunks of C tokens, forward and backward, in Triton.
+"""The gated delta rule in chunks of C tokens, forward and backward, in Triton: two kernels forward, three backward.
 
-Sequences lie packed one after the other; a chunk belongs to one of them. With G the sum of g within a chunk, S the
-state before it, decays_ij = e^{G_i - G_j} for i >= j and inverse = (I + A)^-1 as in chunked.py,
+With G the sum of g within a chunk, S the state before it, decays_ij = e^{G_i - G_j} for i >= j, k and q divided by
+their norms where that is asked for, and inverse = (I + A)^-1 as in chunked.py, neither u nor w is needed:
 
-    u = inverse (beta v)    w = inverse (beta e^G k)    v' = u - w S
-    o = scale (e^G q S + (q k^T * decays) v')    S_next = e^{G_last} S + (e^{G_last - G} k)^T v'
+    r = beta (v - e^G k S)    v' = inverse r    S_next = e^{G_last} S + (e^{G_last - G} k)^T v'
+    o = scale (e^G q S + (q k^T * decays) v')
 
-Only the two `states` kernels go through the chunks of a sequence one by one; in all others every chunk is a program
-of its own. Products are of TF32 numbers, of float32 inputs in three parts that together keep float32's precision;
-sums of g are float64, since float32 loses the small differences of strong gates. Nothing is added atomically, so two
-runs are equal bit for bit.
+`inverses_kernel` makes the inverses from k, the sums of gates and the norms; `sequences_kernel` goes through the
+chunks of a sequence with some columns of S in registers. Backward, it goes once more and keeps S before every chunk
+and v', `state_gradients_kernel` goes from the last chunk to the first with the gradients of S and of r, and
+`gradients_kernel` takes every chunk of a key head by itself, with the value heads that read it.
+
+Norms and strengths are factors of rows, multiplied to sums in float32, so that q, k and v meet the products as they
+are in memory. Operands of products are in v's dtype, of float32 in three parts of TF32 that together keep its
+precision; sums are float32, those of g float64, since float32 loses the small differences of strong gates. Nothing is
+added atomically, so two runs are equal bit for bit.
+
+Chunks need no table: chunk i of the sequence that begins at token b and is the n-th has slot b // C + n + i, or
+n * (chunks of a sequence) + i where all are equally long.
 
 Shape letters: C tokens of a chunk (T of a sequence in decoding), H key heads of K dimensions, HV value heads of V
-dimensions. BLOCK_K and BLOCK_V are the dimensions that a program holds.
+dimensions. BLOCK_K and BLOCK_V are the dimensions that a program holds; ROW_Q, ROW_K and ROW_V the numbers from one
+token to the next.
 """
 
 import triton
@@ -20,297 +29,350 @@ import triton.language as tl
 
 from kernels.common.tiles import (
     decay_between,
-    gate_sums,
-    last_of,
+    numbers,
     product,
-    put,
-    state_at,
+    put_state,
+    put_tokens,
+    state,
     through_ends,
     through_pairs,
-    tile,
+    tokens,
 )
 
 PART = 16  # rows of the blocks on the diagonal that are inverted row by row
-
-
-@triton.jit(do_not_specialize=["HV", "H"])
-def scores_kernel(
-    k, g, beta, A, begins, ends, HV, H, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Store A = beta_i decays_ij k_i.k_j below the diagonal, [chunks, HV, C, C]."""
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(begins + chunk) + tl.arange(0, C)
-    inside = rows < tl.load(ends + chunk)
-    k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0)
-    b_C = tl.load(beta + rows.to(tl.int64) * HV + hv, mask=inside, other=0.0).to(tl.float32)
-    decay = decay_between(gate_sums(g, rows, inside, HV, hv), True, C)
-    a = product(k_CK, tl.trans(k_CK), PRECISION) * decay * b_C[:, None]
-    i = tl.arange(0, C)
-    tl.store(A + (chunk.to(tl.int64) * HV + hv) * C * C + i[:, None] * C + i[None], a)
+# No gate is taken as less: none of its e^G would differ, and larger sums, as of -inf, would lose what follows a reset.
+LEAST_GATE = tl.constexpr(-1e5)
 
 
 @triton.jit
-def part_at(A, r: tl.constexpr, c: tl.constexpr, PART: tl.constexpr, C: tl.constexpr):
-    i = tl.arange(0, PART)
-    return A + (r * PART + i[:, None]) * C + c * PART + i[None]
+def sequence_at(n, cu_seqlens, length, C: tl.constexpr):
+    """Return begin and end of the n-th sequence, and the slot of its first chunk."""
+    if cu_seqlens is None:
+        begin, end, slot = n * length, (n + 1) * length, n * tl.cdiv(length, C)
+    else:
+        begin, end = tl.load(cu_seqlens + n).to(tl.int32), tl.load(cu_seqlens + n + 1).to(tl.int32)
+        slot = begin // C + n
+    return begin, end, slot
 
 
 @triton.jit
-def inverse_of_part(a, PART: tl.constexpr):
-    """Return (I + a)^-1 of a strictly lower triangular [PART, PART], row by row: stable whatever the size of its
-    entries."""
-    i = tl.arange(0, PART)
-    inverse = tl.where(i[:, None] == i[None], 1.0, 0.0)
+def chunk_at(slot, cu_seqlens, length, sequences, C: tl.constexpr):
+    """Return the first token of the chunk in a slot and the end of its sequence; an empty slot has no tokens before
+    that end."""
+    if cu_seqlens is None:
+        n = slot // tl.cdiv(length, C)
+    else:
+        n = -1  # the last sequence whose first slot is not beyond this one
+        for first in range(0, sequences, 256):
+            i = first + tl.arange(0, 256)
+            begins = tl.load(cu_seqlens + i, mask=i < sequences, other=0).to(tl.int32)
+            n += tl.sum(((i < sequences) & (begins // C + i <= slot)).to(tl.int32), 0)
+    begin, end, first_slot = sequence_at(n, cu_seqlens, length, C)
+    return begin + (slot - first_slot) * C, end
+
+
+@triton.jit
+def gates_from(sums, at, end, HV, hv, C: tl.constexpr):
+    """Return G [C] in float64, e^G and e^{G_last - G} [C], and e^{G_last}. After the last token G stays."""
+    i = tl.minimum(at + tl.arange(0, C), end - 1)
+    G = tl.load(sums + i.to(tl.int64) * HV + hv)
+    last = tl.load(sums + (tl.minimum(at + C, end).to(tl.int64) - 1) * HV + hv)
+    return G, tl.exp(G.to(tl.float32)), tl.exp((last - G).to(tl.float32)), tl.exp(last.to(tl.float32))
+
+
+@triton.jit
+def inverse_of(a, PART: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (I + a)^-1 of a strictly lower triangular [C, C]. The blocks on the diagonal are found row by row, stable
+    whatever the size of their entries; those below from the ones beside them, twice as large at every level."""
+    P: tl.constexpr = C // PART
+    p, i = tl.arange(0, P), tl.arange(0, PART)
+    diagonal = (p[:, None] == p[None])[:, None, :, None]
+    parts = tl.sum(tl.where(diagonal, tl.reshape(a, (P, PART, P, PART)), 0.0), 2)
+    inverse = tl.where((i[:, None] == i[None])[None], 1.0, tl.zeros_like(parts))
     for row in range(1, PART):
-        a_row = tl.sum(tl.where((i == row)[:, None], a, 0.0), 0)
-        new = (i == row).to(tl.float32) - tl.sum(a_row[:, None] * inverse, 0)
-        inverse = tl.where((i == row)[:, None], new[None], inverse)
-    return inverse
-
-
-@triton.jit(do_not_specialize=["HV"])
-def invert_kernel(A, HV, PART: tl.constexpr, C: tl.constexpr):
-    """Turn A into (I + A)^-1 in place: the blocks on the diagonal by substitution, those below from the ones done
-    before."""
-    base = A + (tl.program_id(0).to(tl.int64) * HV + tl.program_id(1)) * C * C
-    for r in tl.static_range(C // PART):
-        own = inverse_of_part(tl.load(part_at(base, r, r, PART, C)), PART)
-        for c in tl.static_range(r):
-            # (I + A)^-1 [r, c] = -own sum_m A[r, m] (I + A)^-1 [m, c]: of row r no block from c on is overwritten yet.
-            total = tl.zeros((PART, PART), dtype=tl.float32)
-            for m in tl.static_range(c, r):
-                total += product(tl.load(part_at(base, r, m, PART, C)), tl.load(part_at(base, m, c, PART, C)), "ieee")
-            tl.debug_barrier()
-            tl.store(part_at(base, r, c, PART, C), -product(own, total, "ieee"))
-        tl.debug_barrier()
-        tl.store(part_at(base, r, r, PART, C), own)
-        tl.debug_barrier()
+        this = (i == row)[None, :, None]
+        of_row = tl.sum(tl.where(this, parts, 0.0), 1)
+        new = (i == row).to(tl.float32)[None] - tl.sum(of_row[:, :, None] * inverse, 1)
+        inverse = tl.where(this, new[:, None, :], inverse)
+    whole = tl.reshape(tl.where(diagonal, inverse[:, :, None, :], 0.0), (C, C))
+    i = tl.arange(0, C)
+    for level in tl.static_range(4):
+        if PART << level < C:
+            block = i // (PART << level)
+            below = (block[:, None] == block[None] + 1) & (block % 2 == 1)[:, None]
+            whole += product(whole, product(tl.where(below, -a, 0.0), whole, PRECISION), PRECISION)
+    return whole
 
 
 @triton.jit
-def inverse_of(A, chunk, hv, HV, C: tl.constexpr):
+def softplus(x):
+    """Return log(1 + e^x), also where e^x is lost beside 1."""
+    small = tl.exp(-tl.abs(x))
+    more = 1.0 + small
+    return tl.maximum(x, 0.0) + tl.where(more == 1.0, small, tl.log(more) * (small / tl.maximum(more - 1.0, 1e-38)))
+
+
+@triton.jit
+def norm_factor(x):
+    """Return 1 / sqrt(sum(x^2) + 1e-6) over the last axis of x in float32."""
+    return 1.0 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
+
+
+@triton.jit(do_not_specialize=["HV", "H", "length", "sequences"])
+def inverses_kernel(
+    q, k, g, beta, A_log, dt_bias, cu_seqlens, inverses, sums, q_norms, k_norms, HV, H, length, sequences,
+    K: tl.constexpr, ROW_Q: tl.constexpr, ROW_K: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store for a chunk of a key head the inverses [tokens, HV, C] and sums of gates [tokens, HV] of its value heads,
+    and, where q_norms is given, the factors [tokens, H] that divide q and k by their norms. The ones on the diagonal of
+    an inverse are left out: what they are multiplied with need not be rounded."""
+    h = tl.program_id(1)
+    at, end = chunk_at(tl.program_id(0), cu_seqlens, length, sequences, C)
+    if at >= end:
+        return
     i = tl.arange(0, C)
-    return tl.load(A + (chunk.to(tl.int64) * HV + hv) * C * C + i[:, None] * C + i[None])
-
-
-@triton.jit(do_not_specialize=["HV", "H"])
-def writes_kernel(
-    k, v, g, beta, A, u, w, begins, ends, HV, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store u = inverse (beta v) and w = inverse (beta e^G k)."""
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(begins + chunk) + tl.arange(0, C)
-    inside = rows < tl.load(ends + chunk)
-    G = gate_sums(g, rows, inside, HV, hv)
-    b_C = tl.load(beta + rows.to(tl.int64) * HV + hv, mask=inside, other=0.0).to(tl.float32)
-    inverse = inverse_of(A, chunk, hv, HV, C)
-    k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0) * (b_C * tl.exp(G.to(tl.float32)))[:, None]
-    put(w, product(inverse, k_CK, PRECISION), rows, inside, HV, hv, K, BLOCK_K, 0)
-    for first in range(0, V, BLOCK_V):
-        v_CV = tile(v, rows, inside, HV, hv, V, BLOCK_V, first) * b_C[:, None]
-        put(u, product(inverse, v_CV, PRECISION), rows, inside, HV, hv, V, BLOCK_V, first)
-
-
-@triton.jit(do_not_specialize=["HV", "H"])
-def states_kernel(
-    k, g, u, w, states, initial, final, begins, ends, firsts, HV, H, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Go through the chunks of a sequence: store the state before each, and turn u into v' in place."""
-    first, hv, sequence = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
-    at, exist = state_at(initial, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-    S = tl.load(at, mask=exist, other=0.0).to(tl.float32)
-    for chunk in range(tl.load(firsts + sequence), tl.load(firsts + sequence + 1)):
-        at, exist = state_at(states, chunk, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-        tl.store(at, S, mask=exist)
-        rows = tl.load(begins + chunk) + tl.arange(0, C)
-        inside = rows < tl.load(ends + chunk)
-        G = gate_sums(g, rows, inside, HV, hv)
-        G_last = last_of(G, C)
-        w_CK = tile(w, rows, inside, HV, hv, K, BLOCK_K, 0)
-        new = tile(u, rows, inside, HV, hv, V, BLOCK_V, first) - product(w_CK, S, PRECISION)
-        put(u, new, rows, inside, HV, hv, V, BLOCK_V, first)
-        k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0) * tl.exp((G_last - G).to(tl.float32))[:, None]
-        S = S * tl.exp(G_last.to(tl.float32)) + product(tl.trans(k_CK), new, PRECISION)
-    at, exist = state_at(final, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-    tl.store(at, S, mask=exist)
-
-
-@triton.jit(do_not_specialize=["HV", "H", "scale"])
-def outputs_kernel(
-    q, k, g, new, states, o, begins, ends, scale, HV, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store o = scale (e^G q S + (q k^T * decays) v')."""
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(begins + chunk) + tl.arange(0, C)
-    inside = rows < tl.load(ends + chunk)
-    G = gate_sums(g, rows, inside, HV, hv)
-    q_CK = tile(q, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0) * scale
-    k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0)
-    scores = product(q_CK, tl.trans(k_CK), PRECISION) * decay_between(G, False, C)
-    q_CK *= tl.exp(G.to(tl.float32))[:, None]
-    for first in range(0, V, BLOCK_V):
-        at, exist = state_at(states, chunk, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-        S = tl.load(at, mask=exist, other=0.0)
-        o_CV = product(q_CK, S, PRECISION)
-        o_CV += product(scores, tile(new, rows, inside, HV, hv, V, BLOCK_V, first), PRECISION)
-        put(o, o_CV, rows, inside, HV, hv, V, BLOCK_V, first)
-
-
-@triton.jit(do_not_specialize=["HV", "H", "scale"])
-def inside_gradients_kernel(
-    q, k, g, do, dnew, begins, ends, scale, HV, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient that the outputs of a chunk give to its own v': scale (q k^T * decays)^T do."""
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(begins + chunk) + tl.arange(0, C)
-    inside = rows < tl.load(ends + chunk)
-    q_CK = tile(q, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0) * scale
-    k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0)
-    scores = product(q_CK, tl.trans(k_CK), PRECISION) * decay_between(gate_sums(g, rows, inside, HV, hv), False, C)
-    for first in range(0, V, BLOCK_V):
-        do_CV = tile(do, rows, inside, HV, hv, V, BLOCK_V, first)
-        put(dnew, product(tl.trans(scores), do_CV, PRECISION), rows, inside, HV, hv, V, BLOCK_V, first)
-
-
-@triton.jit(do_not_specialize=["HV", "H", "scale"])
-def state_gradients_kernel(
-    q, k, g, w, do, dnew, dstates, dinitial, dfinal, begins, ends, firsts, scale, HV, H, K: tl.constexpr,
-    V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Go backwards through the chunks: store the gradient of the state after each, and complete that of v' in place."""
-    first, hv, sequence = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
-    at, exist = state_at(dfinal, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-    dS = tl.load(at, mask=exist, other=0.0).to(tl.float32)
-    begin = tl.load(firsts + sequence)
-    end = tl.load(firsts + sequence + 1)
-    for back in range(begin, end):
-        chunk = begin + end - 1 - back
-        at, exist = state_at(dstates, chunk, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-        tl.store(at, dS, mask=exist)
-        rows = tl.load(begins + chunk) + tl.arange(0, C)
-        inside = rows < tl.load(ends + chunk)
-        G = gate_sums(g, rows, inside, HV, hv)
-        G_last = last_of(G, C)
-        k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0) * tl.exp((G_last - G).to(tl.float32))[:, None]
-        dnew_CV = tile(dnew, rows, inside, HV, hv, V, BLOCK_V, first) + product(k_CK, dS, PRECISION)
-        put(dnew, dnew_CV, rows, inside, HV, hv, V, BLOCK_V, first)
-        q_CK = tile(q, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0) * (tl.exp(G.to(tl.float32)) * scale)[:, None]
-        do_CV = tile(do, rows, inside, HV, hv, V, BLOCK_V, first)
-        w_CK = tile(w, rows, inside, HV, hv, K, BLOCK_K, 0)
-        dS = dS * tl.exp(G_last.to(tl.float32)) + product(tl.trans(q_CK), do_CV, PRECISION)
-        dS -= product(tl.trans(w_CK), dnew_CV, PRECISION)
-    at, exist = state_at(dinitial, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-    tl.store(at, dS, mask=exist)
-
-
-@triton.jit(do_not_specialize=["HV", "H", "scale"])
-def output_gradients_kernel(
-    q, k, g, new, states, dstates, do, dnew, dq, dk, dw, dg, begins, ends, scale, HV, H, K: tl.constexpr,
-    V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store what comes from the outputs and the hand-over of the state: dq, dk and dw of each value head, and their
-    part of dg [tokens, HV]."""
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(begins + chunk) + tl.arange(0, C)
-    inside = rows < tl.load(ends + chunk)
-    G = gate_sums(g, rows, inside, HV, hv)
-    G_last = last_of(G, C)
-    dscores = tl.zeros((C, C), dtype=tl.float32)
-    dq_CK = tl.zeros((C, BLOCK_K), dtype=tl.float32)
-    dk_CK = tl.zeros((C, BLOCK_K), dtype=tl.float32)
-    dw_CK = tl.zeros((C, BLOCK_K), dtype=tl.float32)
-    kept = 0.0  # <S, dS_next>
-    for first in range(0, V, BLOCK_V):
-        at, exist = state_at(states, chunk, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-        S = tl.load(at, mask=exist, other=0.0)
-        at, exist = state_at(dstates, chunk, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, first)
-        dS = tl.load(at, mask=exist, other=0.0)
-        do_CV = tile(do, rows, inside, HV, hv, V, BLOCK_V, first)
-        new_CV = tile(new, rows, inside, HV, hv, V, BLOCK_V, first)
-        dscores += product(do_CV, tl.trans(new_CV), PRECISION)
-        dq_CK += product(do_CV, tl.trans(S), PRECISION)
-        dk_CK += product(new_CV, tl.trans(dS), PRECISION)
-        dw_CK -= product(tile(dnew, rows, inside, HV, hv, V, BLOCK_V, first), tl.trans(S), PRECISION)
-        kept += tl.sum(S * dS)
-    put(dw, dw_CK, rows, inside, HV, hv, K, BLOCK_K, 0)
-    q_CK = tile(q, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0)
-    k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0)
-    dscores *= decay_between(G, False, C) * scale
-    dq_CK *= (tl.exp(G.to(tl.float32)) * scale)[:, None]
-    dk_CK *= tl.exp((G_last - G).to(tl.float32))[:, None]
-    dg_C = through_pairs(dscores * product(q_CK, tl.trans(k_CK), PRECISION), C)
-    dg_C += through_ends(tl.sum(q_CK * dq_CK, 1), tl.sum(k_CK * dk_CK, 1), C) + kept * tl.exp(G_last.to(tl.float32))
-    tl.store(dg + rows.to(tl.int64) * HV + hv, dg_C, mask=inside)
-    put(dq, dq_CK + product(dscores, k_CK, PRECISION), rows, inside, HV, hv, K, BLOCK_K, 0)
-    put(dk, dk_CK + product(tl.trans(dscores), q_CK, PRECISION), rows, inside, HV, hv, K, BLOCK_K, 0)
-
-
-@triton.jit(do_not_specialize=["HV", "H"])
-def write_gradients_kernel(
-    k, v, g, beta, A, w, dw, dnew, dk, dv, dg, dbeta, begins, ends, HV, H, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store what comes through u, w and the inverse: dv, dbeta, the rest of dk and of dg."""
-    chunk, hv = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(begins + chunk) + tl.arange(0, C)
-    inside = rows < tl.load(ends + chunk)
-    gate = rows.to(tl.int64) * HV + hv
-    G = gate_sums(g, rows, inside, HV, hv)
-    b_C = tl.load(beta + gate, mask=inside, other=0.0).to(tl.float32)
-    inverse = inverse_of(A, chunk, hv, HV, C)
-    k_CK = tile(k, rows, inside, H, hv // (HV // H), K, BLOCK_K, 0)
-    growth = tl.exp(G.to(tl.float32))
-    dX_CK = product(tl.trans(inverse), tile(dw, rows, inside, HV, hv, K, BLOCK_K, 0), PRECISION)
-    dA = product(dX_CK, tl.trans(tile(w, rows, inside, HV, hv, K, BLOCK_K, 0)), PRECISION)
-    through_w = tl.sum(k_CK * dX_CK, 1) * growth
-    dk_CK = tile(dk, rows, inside, HV, hv, K, BLOCK_K, 0) + dX_CK * (b_C * growth)[:, None]
-    db_C = through_w
-    dg_C = tl.load(dg + gate, mask=inside, other=0.0) + through_ends(b_C * through_w, tl.zeros_like(through_w), C)
-    for first in range(0, V, BLOCK_V):
-        v_CV = tile(v, rows, inside, HV, hv, V, BLOCK_V, first)
-        dX_CV = product(tl.trans(inverse), tile(dnew, rows, inside, HV, hv, V, BLOCK_V, first), PRECISION)
-        u_CV = product(inverse, v_CV * b_C[:, None], PRECISION)
-        dA += product(dX_CV, tl.trans(u_CV), PRECISION)
-        db_C += tl.sum(v_CV * dX_CV, 1)
-        put(dv, dX_CV * b_C[:, None], rows, inside, HV, hv, V, BLOCK_V, first)
-    # d(inverse) = -inverse dA inverse: the gradient of A is -(inverse^T du (beta v)^T inverse^T + ...) = -(dX u^T +
-    # dX w^T).
+    token = (at + i).to(tl.int64)
+    inside = at + i < end
+    k_CK = tokens(k, at, end, ROW_K, h, K, BLOCK_K, 0, C).to(inverses.dtype.element_ty)
     kk = product(k_CK, tl.trans(k_CK), PRECISION)
-    Z = -dA * decay_between(G, True, C)
-    db_C += tl.sum(Z * kk, 1)
-    Z *= b_C[:, None]
-    dg_C += through_pairs(Z * kk, C)
-    dk_CK += product(Z, k_CK, PRECISION) + product(tl.trans(Z), k_CK, PRECISION)
-    put(dk, dk_CK, rows, inside, HV, hv, K, BLOCK_K, 0)
-    tl.store(dbeta + gate, db_C.to(dbeta.dtype.element_ty), mask=inside)
-    tl.store(dg + gate, dg_C, mask=inside)
+    if q_norms is not None:
+        q_CK = tokens(q, at, end, ROW_Q, h, K, BLOCK_K, 0, C)
+        tl.store(q_norms + token * H + h, norm_factor(q_CK.to(tl.float32)), mask=inside)
+        factor = norm_factor(k_CK.to(tl.float32))
+        tl.store(k_norms + token * H + h, factor, mask=inside)
+        kk *= factor[:, None] * factor[None]
+    for hv in range(h * (HV // H), (h + 1) * (HV // H)):
+        gate = numbers(g, at, end, HV, hv, C)
+        if A_log is not None:
+            rate = tl.exp(tl.load(A_log + hv).to(tl.float32))
+            gate = -rate * softplus(gate + tl.load(dt_bias + hv).to(tl.float32))
+            gate = tl.where(inside, gate, 0.0)
+        G = tl.cumsum(tl.maximum(gate.to(tl.float64), LEAST_GATE), 0)
+        tl.store(sums + token * HV + hv, G, mask=inside)
+        b = numbers(beta, at, end, HV, hv, C)
+        inverse = inverse_of(kk * decay_between(G, True, C) * b[:, None], PART, C, PRECISION)
+        inverse = tl.where(i[:, None] == i[None], 0.0, inverse)
+        put_tokens(inverse, inverses, at, end, HV * C, hv, C, C, 0, C)
+
+
+@triton.jit(do_not_specialize=["HV", "H", "length", "scale"])
+def sequences_kernel(
+    q, k, v, beta, inverses, sums, q_norms, k_norms, initial, cu_seqlens, o, new, states, final, HV, H, length, scale,
+    K: tl.constexpr, V: tl.constexpr, ROW_Q: tl.constexpr, ROW_K: tl.constexpr, ROW_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go through the chunks of a sequence. Store the outputs and the final state, or, where o is None, the state before
+    every chunk, [slots, HV, K, V], and v', both in v's dtype."""
+    first, hv, n = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
+    dtype = v.dtype.element_ty
+    h = hv // (HV // H)
+    S = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
+    if initial is not None:
+        S += state(initial, n, HV, hv, K, V, BLOCK_K, BLOCK_V, first).to(tl.float32)
+    begin, end, slot = sequence_at(n, cu_seqlens, length, C)
+    for at in range(begin, end, C):
+        k_CK = tokens(k, at, end, ROW_K, h, K, BLOCK_K, 0, C).to(dtype)
+        v_CV = tokens(v, at, end, ROW_V, hv, V, BLOCK_V, first, C)
+        inverse = tokens(inverses, at, end, HV * C, hv, C, C, 0, C)
+        b = numbers(beta, at, end, HV, hv, C)
+        of_k = numbers(k_norms, at, end, H, h, C)
+        G, growth, to_end, carry = gates_from(sums, at, end, HV, hv, C)
+        low = S.to(dtype)
+        r_CV = b[:, None] * (v_CV.to(tl.float32) - product(k_CK, low, PRECISION) * (growth * of_k)[:, None])
+        new_CV = r_CV + product(inverse, r_CV.to(dtype), PRECISION)
+        if o is None:
+            put_state(low, states, slot + (at - begin) // C, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+            put_tokens(new_CV, new, at, end, HV * V, hv, V, BLOCK_V, first, C)
+        else:
+            q_CK = tokens(q, at, end, ROW_Q, h, K, BLOCK_K, 0, C).to(dtype)
+            of_q = numbers(q_norms, at, end, H, h, C) * scale
+            scores = product(q_CK, tl.trans(k_CK), PRECISION) * decay_between(G, False, C)
+            scores *= of_q[:, None] * of_k[None]
+            o_CV = product(q_CK, low, PRECISION) * (growth * of_q)[:, None]
+            o_CV += product(scores.to(dtype), new_CV.to(dtype), PRECISION)
+            put_tokens(o_CV, o, at, end, HV * V, hv, V, BLOCK_V, first, C)
+        S = S * carry + product(tl.trans(k_CK), (new_CV * (to_end * of_k)[:, None]).to(dtype), PRECISION)
+    if final is not None:
+        put_state(S, final, n, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+
+
+@triton.jit(do_not_specialize=["HV", "H", "length", "scale"])
+def state_gradients_kernel(
+    q, k, v, beta, inverses, sums, q_norms, k_norms, do, dfinal, cu_seqlens, dr, dstates, dinitial, HV, H, length,
+    scale, K: tl.constexpr, V: tl.constexpr, ROW_Q: tl.constexpr, ROW_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go backwards through the chunks of a sequence: store the gradient of the state after each, [slots, HV, K, V],
+    and that of r, both in v's dtype."""
+    first, hv, n = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
+    dtype = v.dtype.element_ty
+    h = hv // (HV // H)
+    dS = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
+    if dfinal is not None:
+        dS += state(dfinal, n, HV, hv, K, V, BLOCK_K, BLOCK_V, first).to(tl.float32)
+    begin, end, slot = sequence_at(n, cu_seqlens, length, C)
+    last = tl.cdiv(end - begin, C) - 1
+    for back in range(0, last + 1):
+        at = begin + (last - back) * C
+        q_CK = tokens(q, at, end, ROW_Q, h, K, BLOCK_K, 0, C).to(dtype)
+        k_CK = tokens(k, at, end, ROW_K, h, K, BLOCK_K, 0, C).to(dtype)
+        do_CV = tokens(do, at, end, HV * V, hv, V, BLOCK_V, first, C)
+        inverse = tokens(inverses, at, end, HV * C, hv, C, C, 0, C)
+        b = numbers(beta, at, end, HV, hv, C)
+        of_q, of_k = numbers(q_norms, at, end, H, h, C) * scale, numbers(k_norms, at, end, H, h, C)
+        G, growth, to_end, carry = gates_from(sums, at, end, HV, hv, C)
+        scores = product(q_CK, tl.trans(k_CK), PRECISION) * decay_between(G, False, C)
+        scores *= of_q[:, None] * of_k[None]
+        low = dS.to(dtype)
+        put_state(low, dstates, slot + last - back, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+        dnew_CV = product(k_CK, low, PRECISION) * (to_end * of_k)[:, None]
+        dnew_CV += product(tl.trans(scores.to(dtype)), do_CV, PRECISION)
+        dr_CV = dnew_CV + product(tl.trans(inverse), dnew_CV.to(dtype), PRECISION)
+        put_tokens(dr_CV, dr, at, end, HV * V, hv, V, BLOCK_V, first, C)
+        dS = dS * carry
+        dS += product(tl.trans(q_CK), (do_CV.to(tl.float32) * (growth * of_q)[:, None]).to(dtype), PRECISION)
+        dS += product(tl.trans(k_CK), (dr_CV * -(b * growth * of_k)[:, None]).to(dtype), PRECISION)
+    if dinitial is not None:
+        put_state(dS, dinitial, n, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+
+
+@triton.jit
+def without_length(dx, x, factor):
+    """Return the gradient of rows x from dx [C, K], that of factor x, where factor is that of `norm_factor`."""
+    unit = x * factor[:, None]
+    return (dx - unit * tl.sum(unit * dx, 1)[:, None]) * factor[:, None]
+
+
+@triton.jit(do_not_specialize=["HV", "H", "length", "sequences", "scale"])
+def gradients_kernel(
+    q, k, v, g, beta, A_log, dt_bias, sums, q_norms, k_norms, new, dr, states, dstates, do, cu_seqlens, dq, dk, dv, dg,
+    dbeta, dgates, HV, H, length, sequences, scale, K: tl.constexpr, V: tl.constexpr, ROW_Q: tl.constexpr,
+    ROW_K: tl.constexpr, ROW_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of the tokens of a chunk, for a key head and the value heads that read it; of A_log and
+    dt_bias what this chunk adds, [slots, 2, HV]. Columns of values are taken BLOCK_V at a time."""
+    slot, h = tl.program_id(0), tl.program_id(1)
+    dtype = v.dtype.element_ty
+    at, end = chunk_at(slot, cu_seqlens, length, sequences, C)
+    if at >= end:
+        return
+    i = tl.arange(0, C)
+    inside = at + i < end
+    gate_at = (at + i).to(tl.int64) * HV
+    q_CK = tokens(q, at, end, ROW_Q, h, K, BLOCK_K, 0, C).to(dtype)
+    k_CK = tokens(k, at, end, ROW_K, h, K, BLOCK_K, 0, C).to(dtype)
+    of_q, of_k = numbers(q_norms, at, end, H, h, C), numbers(k_norms, at, end, H, h, C)
+    # The gradients of queries and of keys one after the other: registers do not hold both. What is the same for all
+    # heads is not kept in registers either.
+    d_KC = tl.zeros((BLOCK_K, C), dtype=tl.float32)
+    for hv in tl.range(h * (HV // H), (h + 1) * (HV // H), disable_licm=True):
+        G, growth, to_end, carry = gates_from(sums, at, end, HV, hv, C)
+        dscores = tl.zeros((C, C), dtype=tl.float32)
+        q_dq = tl.zeros((C,), dtype=tl.float32)  # sums over K, made as sums over V
+        for first in tl.range(0, V, BLOCK_V, disable_licm=True):
+            S = state(states, slot, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+            do_low = tokens(do, at, end, HV * V, hv, V, BLOCK_V, first, C)
+            new_low = tokens(new, at, end, HV * V, hv, V, BLOCK_V, first, C)
+            dscores += product(do_low, tl.trans(new_low), PRECISION)
+            do_CV = do_low.to(tl.float32) * (growth * scale)[:, None]
+            q_dq += tl.sum(do_CV * product(q_CK, S, PRECISION), 1)
+            d_KC += product(S, tl.trans(do_CV.to(dtype)), PRECISION)
+        dscores *= decay_between(G, False, C) * scale
+        d_KC += product(tl.trans(k_CK), tl.trans((dscores * of_k[None]).to(dtype)), PRECISION)
+        dscores *= product(q_CK, tl.trans(k_CK), PRECISION) * (of_q[:, None] * of_k[None])
+        dgate = through_pairs(dscores, C) + through_ends(q_dq * of_q, tl.zeros_like(q_dq), C)
+        tl.store(dg + gate_at + hv, dgate, mask=inside)
+    d_CK = tl.trans(d_KC)
+    if q_norms is not None:
+        d_CK = without_length(d_CK, q_CK.to(tl.float32), of_q)
+    put_tokens(d_CK, dq, at, end, H * K, h, K, BLOCK_K, 0, C)
+    tl.debug_barrier()  # dg is read again
+
+    d_KC = tl.zeros((BLOCK_K, C), dtype=tl.float32)
+    for hv in tl.range(h * (HV // H), (h + 1) * (HV // H), disable_licm=True):
+        b = numbers(beta, at, end, HV, hv, C)
+        G, growth, to_end, carry = gates_from(sums, at, end, HV, hv, C)
+        dscores = tl.zeros((C, C), dtype=tl.float32)
+        dA = tl.zeros((C, C), dtype=tl.float32)
+        k_dk = tl.zeros((C,), dtype=tl.float32)  # through the state after
+        k_dkS = tl.zeros((C,), dtype=tl.float32)  # through k S
+        db = tl.zeros((C,), dtype=tl.float32)
+        kept = 0.0  # <S, dS_next>
+        for first in tl.range(0, V, BLOCK_V, disable_licm=True):
+            S = state(states, slot, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+            dS = state(dstates, slot, HV, hv, K, V, BLOCK_K, BLOCK_V, first)
+            kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+            new_low = tokens(new, at, end, HV * V, hv, V, BLOCK_V, first, C)
+            dr_low = tokens(dr, at, end, HV * V, hv, V, BLOCK_V, first, C)
+            do_low = tokens(do, at, end, HV * V, hv, V, BLOCK_V, first, C)
+            dscores += product(do_low, tl.trans(new_low), PRECISION)
+            dA += product(dr_low, tl.trans(new_low), PRECISION)
+            new_CV = new_low.to(tl.float32) * to_end[:, None]
+            k_dk += tl.sum(new_CV * product(k_CK, dS, PRECISION), 1)
+            d_KC += product(dS, tl.trans(new_CV.to(dtype)), PRECISION)
+            dr_CV = dr_low.to(tl.float32)
+            db += tl.sum(dr_CV * tokens(v, at, end, ROW_V, hv, V, BLOCK_V, first, C).to(tl.float32), 1)
+            put_tokens(dr_CV * b[:, None], dv, at, end, HV * V, hv, V, BLOCK_V, first, C)
+            dr_CV *= growth[:, None]
+            k_dkS += tl.sum(dr_CV * product(k_CK, S, PRECISION), 1)
+            d_KC += product(S, tl.trans((dr_CV * -b[:, None]).to(dtype)), PRECISION)
+        decays = decay_between(G, False, C)
+        dscores *= decays * (scale * of_q)[:, None]
+        d_KC += product(tl.trans(q_CK), dscores.to(dtype), PRECISION)
+        # d(inverse) = -inverse dA inverse, so that the gradient of A is -dr v'^T.
+        dA = tl.where(i[:, None] > i[None], -dA * decays, 0.0)
+        d_KC += product(tl.trans(k_CK), tl.trans((dA * b[:, None] * of_k[None]).to(dtype)), PRECISION)
+        d_KC += product(tl.trans(k_CK), (dA * (b * of_k)[:, None]).to(dtype), PRECISION)
+        dA *= product(k_CK, tl.trans(k_CK), PRECISION) * (of_k[:, None] * of_k[None])
+        db += tl.sum(dA, 1) - k_dkS * of_k
+        dgate = through_pairs(dA * b[:, None], C) + through_ends(-k_dkS * b * of_k, k_dk * of_k, C)
+        dgate += tl.load(dg + gate_at + hv, mask=inside, other=0.0) + kept * carry
+        if A_log is not None:
+            rate = tl.exp(tl.load(A_log + hv).to(tl.float32))
+            x = numbers(g, at, end, HV, hv, C) + tl.load(dt_bias + hv).to(tl.float32)
+            dgate = tl.where(inside, dgate, 0.0) * -rate
+            tl.store(dgates + (slot.to(tl.int64) * 2) * HV + hv, tl.sum(dgate * softplus(x), 0))
+            dgate *= tl.sigmoid(x)
+            tl.store(dgates + (slot.to(tl.int64) * 2 + 1) * HV + hv, tl.sum(dgate, 0))
+        tl.store(dg + gate_at + hv, dgate, mask=inside)
+        tl.store(dbeta + gate_at + hv, db.to(dbeta.dtype.element_ty), mask=inside)
+    d_CK = tl.trans(d_KC)
+    if q_norms is not None:
+        d_CK = without_length(d_CK, k_CK.to(tl.float32), of_k)
+    put_tokens(d_CK, dk, at, end, H * K, h, K, BLOCK_K, 0, C)
 
 
 @triton.jit(do_not_specialize=["T", "HV", "H", "scale"])
 def steps_kernel(
-    q, k, v, g, beta, initial, o, final, T, HV, H, scale, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    q, k, v, g, beta, A_log, dt_bias, initial, o, final, T, HV, H, scale, K: tl.constexpr, V: tl.constexpr,
+    ROW_Q: tl.constexpr, ROW_K: tl.constexpr, ROW_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """Run the recurrence token by token, for decoding: T tokens of each sequence; a state is read once and written
     once."""
     columns, hv, sequence = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V), tl.program_id(1), tl.program_id(2)
-    at, exist = state_at(initial, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, tl.program_id(0) * BLOCK_V)
-    S = tl.load(at, mask=exist, other=0.0)
+    h = hv // (HV // H)
+    S = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
+    if initial is not None:
+        S += state(initial, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, tl.program_id(0) * BLOCK_V).to(tl.float32)
     i = tl.arange(0, BLOCK_K)
     for t in range(T):
         token = sequence.to(tl.int64) * T + t
-        key = (token * H + hv // (HV // H)) * K + i
-        k_K = tl.load(k + key, mask=i < K, other=0.0).to(tl.float32)
-        q_K = tl.load(q + key, mask=i < K, other=0.0).to(tl.float32) * scale
-        value = (token * HV + hv) * V + columns
-        S *= tl.exp(tl.load(g + token * HV + hv).to(tl.float32))
-        stored = tl.sum(S * k_K[:, None], 0)
-        v_V = tl.load(v + value, mask=columns < V, other=0.0).to(tl.float32)
-        S += k_K[:, None] * (tl.load(beta + token * HV + hv).to(tl.float32) * (v_V - stored))[None]
-        tl.store(o + value, tl.sum(S * q_K[:, None], 0).to(o.dtype.element_ty), mask=columns < V)
-    at, exist = state_at(final, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, 0, tl.program_id(0) * BLOCK_V)
-    tl.store(at, S, mask=exist)
+        k_K = tl.load(k + token * ROW_K + h * K + i, mask=i < K, other=0.0).to(tl.float32)
+        q_K = tl.load(q + token * ROW_Q + h * K + i, mask=i < K, other=0.0).to(tl.float32)
+        if NORMALISED:
+            k_K *= norm_factor(k_K[None])
+            q_K *= norm_factor(q_K[None])
+        gate = tl.load(g + token * HV + hv).to(tl.float32)
+        if A_log is not None:
+            x = gate + tl.load(dt_bias + hv).to(tl.float32)
+            gate = -tl.exp(tl.load(A_log + hv).to(tl.float32)) * softplus(x)
+        S *= tl.exp(gate)
+        v_V = tl.load(v + token * ROW_V + hv * V + columns, mask=columns < V, other=0.0).to(tl.float32)
+        strength = tl.load(beta + token * HV + hv).to(tl.float32)
+        S += k_K[:, None] * (strength * (v_V - tl.sum(S * k_K[:, None], 0)))[None]
+        o_V = tl.sum(S * q_K[:, None], 0) * scale
+        tl.store(o + (token * HV + hv) * V + columns, o_V.to(o.dtype.element_ty), mask=columns < V)
+    put_state(S, final, sequence, HV, hv, K, V, BLOCK_K, BLOCK_V, tl.program_id(0) * BLOCK_V)

@@ -1,7 +1,7 @@
 """The Triton kernels as PyTorch operators: known to autograd, to torch.compile and to FlopCounterMode.
 
 Shape letters: T tokens, H key heads of K dimensions, HV value heads of V dimensions, C tokens of a chunk; B rows of
-the batch.
+the batch; N sequences.
 """
 
 from functools import partial
@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.common.launch import block_for, block_sizes, check_dtype, launch_kernel, power_of_two, precision_for
-from kernels.common.packing import boundaries, chunk_count, chunks_of, takes_steps
+from kernels.common.launch import (
+    block_for,
+    block_sizes,
+    check_dtype,
+    fill_card,
+    launch_kernel,
+    power_of_two,
+    precision_for,
+)
+from kernels.common.packing import chunk_count, takes_steps
 from kernels.delta import triton_kernels as kernels
 from kernels.delta.chunked import gated_delta_rule_flops
 
@@ -23,88 +31,162 @@ def chunk_for(K: int, V: int) -> int:
     return 64 if max(K, V) <= 128 else 32
 
 
-def _launchers(q: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, backward: bool = False):
-    """Return launchers of the kernels that work on a chunk and of those that go through a sequence."""
+def _sequences(q: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
+    return len(cu_seqlens) - 1 if cu_seqlens is not None else q.shape[0] // max(length, 1)
+
+
+def _slots(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
+    """Return how many slots the chunks take (see triton_kernels.py)."""
+    sequences, C = _sequences(q, cu_seqlens, length), chunk_for(q.shape[2], v.shape[2])
+    return sequences * -(-length // C) if cu_seqlens is None else chunk_count(q.shape[0], sequences, C)
+
+
+def _launchers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, length: int, scale: float):
+    """Return launchers of the kernels that work on chunks of a key head, of those that go through a sequence, and of
+    the one that makes the gradients of a chunk."""
+    (_, H, K), (HV, V) = q.shape, v.shape[1:]
+    sizes, C, sequences = block_sizes("gated_delta_rule", K, q), chunk_for(K, V), _sequences(q, cu_seqlens, length)
+    BLOCK_V = fill_card(block_for(V, sizes.columns), V, HV * sequences, q)
+    named = {"cu_seqlens": cu_seqlens, "length": length, "sequences": sequences, "HV": HV, "H": H, "K": K, "V": V}
+    named |= {"ROW_Q": q.stride(0), "ROW_K": k.stride(0), "ROW_V": v.stride(0), "C": C, "PART": kernels.PART}
+    named |= {"BLOCK_K": block_for(K, LARGEST_HEAD), "scale": scale, "PRECISION": precision_for(v.dtype)}
+    chunks = (_slots(q, v, cu_seqlens, length), H)
+    per_chunk = partial(launch_kernel, named=named, grid=chunks, warps=sizes.forward_warps, stages=1)
+    per_sequence = partial(
+        launch_kernel, named=named | {"BLOCK_V": BLOCK_V}, grid=(-(-V // BLOCK_V), HV, sequences),
+        warps=sizes.forward_warps, stages=sizes.stages,
+    )  # fmt: skip
+    gradients = partial(
+        launch_kernel, named=named | {"BLOCK_V": block_for(V, sizes.rows)}, grid=chunks, warps=sizes.backward_warps,
+        stages=1,
+    )  # fmt: skip
+    return per_chunk, per_sequence, gradients
+
+
+def _made(
+    q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, length: int, norms: bool,
+    final: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return memory for what the forward pass makes (see `forward`); of what is not asked for, none."""
     (T, H, K), (HV, V) = q.shape, v.shape[1:]
-    sizes, C = block_sizes("gated_delta_rule", K, q), chunk_for(K, V)
-    chunks, BLOCK_V = chunks_of(cu_seqlens, T, C), block_for(V, sizes.columns)
-    named = chunks._asdict() | {"HV": HV, "H": H, "K": K, "V": V, "C": C, "scale": scale, "PART": kernels.PART}
-    named |= {"BLOCK_K": block_for(K, sizes.rows), "BLOCK_V": BLOCK_V, "PRECISION": precision_for(v.dtype)}
-    run = partial(launch_kernel, named=named, warps=sizes.backward_warps if backward else sizes.forward_warps)
-    per_chunk = partial(run, grid=(len(chunks.begins), HV), stages=1)
-    per_sequence = partial(run, grid=(-(-V // BLOCK_V), HV, len(cu_seqlens) - 1), stages=sizes.stages)
-    return per_chunk, per_sequence
+    single = partial(torch.empty, dtype=torch.float32, device=q.device)
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        single((_sequences(q, cu_seqlens, length), HV, K, V) if final else 0),
+        torch.empty((T, HV, chunk_for(K, V)), dtype=v.dtype, device=v.device),
+        torch.empty((T, HV), dtype=torch.float64, device=v.device),
+        single((T, H) if norms else 0),
+        single((T, H) if norms else 0),
+    )
 
 
-def _saved_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of what the backward pass needs: inverse, w, v' and the state before each chunk."""
-    (T, _, K), (HV, V) = q.shape, v.shape[1:]
-    C = chunk_for(K, V)
-    chunks = chunk_count(T, len(cu_seqlens) - 1, C)
-    return (chunks, HV, C, C), (T, HV, K), (T, HV, V), (chunks, HV, K, V)
+def _or_none(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
 
 
 @torch.library.custom_op("archipelago::gated_delta_rule", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, cu_seqlens: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return o, the final states and what the backward pass needs (see `_saved_shapes`); for q, k [T, H, K], v [T,
-    HV, V], g, beta [T, HV] and initial_state [sequences, HV, K, V]."""
-    per_chunk, per_sequence = _launchers(q, v, cu_seqlens, scale)
-    shapes = _saved_shapes(q, v, cu_seqlens)
-    A, w, new, states = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
-    o, final = torch.empty_like(v), torch.empty_like(initial_state, dtype=torch.float32)
-    per_chunk(kernels.scores_kernel, k, g, beta, A)
-    per_chunk(kernels.invert_kernel, A, warps=1)
-    per_chunk(kernels.writes_kernel, k, v, g, beta, A, new, w)
-    per_sequence(kernels.states_kernel, k, g, new, w, states, initial_state, final)
-    per_chunk(kernels.outputs_kernel, q, k, g, new, states, o)
-    return o, final, A, w, new, states
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, A_log: Tensor | None,
+    dt_bias: Tensor | None, cu_seqlens: Tensor | None, length: int, scale: float, norms: bool, final: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return o, the final states if `final`, and what the backward pass needs: the inverses [T, HV, C] in v's dtype,
+    the sums of gates [T, HV] in float64 and, if `norms`, the factors of q and k [T, H].
+
+    Args:
+        q, k, v: [T, H, K], [T, H, K] and [T, HV, V]; tokens may lie apart, a token's numbers may not.
+        g, beta: [T, HV].
+        initial_state: [N, HV, K, V], zeros where None.
+        A_log, dt_bias: [HV], or None where g is the gate itself.
+        cu_seqlens: [N + 1], or None where every sequence has `length` tokens.
+        scale: factor on the output.
+        norms: whether q and k are divided by their norms.
+        final: whether the final states are asked for.
+    """
+    per_chunk, per_sequence, _ = _launchers(q, k, v, cu_seqlens, length, scale)
+    made = _made(q, v, initial_state, cu_seqlens, length, norms, final)
+    o, states, inverses, sums, *norms_made = made
+    factors = [_or_none(x) for x in norms_made]
+    per_chunk(kernels.inverses_kernel, q, k, g, beta, A_log, dt_bias, cu_seqlens, inverses, sums, *factors)
+    per_sequence(
+        kernels.sequences_kernel, q, k, v, beta, inverses, sums, *factors, initial_state, cu_seqlens, o, None, None,
+        _or_none(states),
+    )  # fmt: skip
+    return made
 
 
 @forward.register_fake
-def _(q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    saved = (q.new_empty(shape, dtype=torch.float32) for shape in _saved_shapes(q, v, cu_seqlens))
-    return torch.empty_like(v), torch.empty_like(initial_state, dtype=torch.float32), *saved
+def _(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, length, scale, norms, final):
+    return _made(q, v, initial_state, cu_seqlens, length, norms, final)
 
 
 @torch.library.custom_op("archipelago::gated_delta_rule_backward", mutates_args=())
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, A: Tensor, w: Tensor, new: Tensor,
-    states: Tensor, do: Tensor, dfinal: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of q, k, v, g, beta and the initial states; all in float32 but dv, in v's dtype."""
-    per_chunk, per_sequence = _launchers(q, v, cu_seqlens, scale, backward=True)
-    dnew, dstates, dv, dinitial = (torch.empty_like(x) for x in (new, states, v, dfinal))
-    dq, dk, dw = (torch.empty_like(w) for _ in range(3))
-    dg, dbeta = (torch.empty(g.shape, dtype=torch.float32, device=g.device) for _ in range(2))
-    per_chunk(kernels.inside_gradients_kernel, q, k, g, do, dnew)
-    per_sequence(kernels.state_gradients_kernel, q, k, g, w, do, dnew, dstates, dinitial, dfinal)
-    per_chunk(kernels.output_gradients_kernel, q, k, g, new, states, dstates, do, dnew, dq, dk, dw, dg)
-    per_chunk(kernels.write_gradients_kernel, k, v, g, beta, A, w, dw, dnew, dk, dv, dg, dbeta)
-    dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2) for x in (dq, dk))
-    return dq, dk, dv, dg, dbeta, dinitial
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, A_log: Tensor | None,
+    dt_bias: Tensor | None, cu_seqlens: Tensor | None, inverses: Tensor, sums: Tensor, q_norms: Tensor,
+    k_norms: Tensor, do: Tensor, dfinal: Tensor | None, length: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k, v, g (in float32), beta and the initial states, and of A_log and dt_bias what each
+    chunk adds, [slots, 2, HV]; of what is None, nothing."""
+    per_chunk, per_sequence, per_gradient = _launchers(q, k, v, cu_seqlens, length, scale)
+    gradients = dq, dk, dv, dg, dbeta, dinitial, dgates = _gradients(
+        q, k, v, g, beta, initial_state, A_log, cu_seqlens, length
+    )
+    (HV, V), K, factors = v.shape[1:], q.shape[2], (_or_none(q_norms), _or_none(k_norms))
+    new, dr = torch.empty_like(dv), torch.empty_like(dv)
+    states, dstates = (
+        torch.empty((_slots(q, v, cu_seqlens, length), HV, K, V), dtype=v.dtype, device=v.device) for _ in range(2)
+    )
+    per_sequence(
+        kernels.sequences_kernel, q, k, v, beta, inverses, sums, *factors, initial_state, cu_seqlens, None, new,
+        states, None,
+    )  # fmt: skip
+    per_sequence(
+        kernels.state_gradients_kernel, q, k, v, beta, inverses, sums, *factors, do, dfinal, cu_seqlens, dr, dstates,
+        _or_none(dinitial),
+    )  # fmt: skip
+    per_gradient(
+        kernels.gradients_kernel, q, k, v, g, beta, A_log, dt_bias, sums, *factors, new, dr, states, dstates, do,
+        cu_seqlens, dq, dk, dv, dg, dbeta, _or_none(dgates),
+    )  # fmt: skip
+    return gradients
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, A_log: Tensor | None,
+    cu_seqlens: Tensor | None, length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return memory for the gradients."""
+    like = partial(torch.empty, device=q.device)
+    dq, dk, dv, dbeta = (like(x.shape, dtype=x.dtype) for x in (q, k, v, beta))
+    dinitial = like(0) if initial_state is None else like(initial_state.shape, dtype=initial_state.dtype)
+    slots = 0 if A_log is None else _slots(q, v, cu_seqlens, length)
+    dgates = torch.zeros((slots, 2, v.shape[1]), dtype=torch.float32, device=q.device)  # an empty slot adds nothing
+    return dq, dk, dv, like(g.shape, dtype=torch.float32), dbeta, dinitial, dgates
 
 
 @backward.register_fake
-def _(q, k, v, g, beta, cu_seqlens, A, w, new, states, do, dfinal, scale):
-    single = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))
-    gates = (torch.empty_like(x, dtype=torch.float32) for x in (g, beta))
-    return *single, torch.empty_like(v), *gates, torch.empty_like(dfinal)
+def _(
+    q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, inverses, sums, q_norms, k_norms, do, dfinal, length,
+    scale,
+):  # fmt: skip
+    return _gradients(q, k, v, g, beta, initial_state, A_log, cu_seqlens, length)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
+    *tensors, ctx.length, ctx.scale, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _differentiate(ctx, do, dfinal, *unused):
-    q, k, v, g, beta, initial_state, cu_seqlens, A, w, new, states = ctx.saved_tensors
-    gradients = backward(
-        q, k, v, g, beta, cu_seqlens, A, w, new, states, do.contiguous(), dfinal.contiguous(), ctx.scale
-    )
-    inputs = (q, k, v, g, beta, initial_state)
-    return *(d.to(x.dtype) for d, x in zip(gradients, inputs, strict=True)), None, None
+    v, g, A_log, dt_bias = (ctx.saved_tensors[i] for i in (2, 3, 6, 7))
+    do = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if do is None else do.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    dq, dk, dv, dg, dbeta, dinitial, dgates = backward(*ctx.saved_tensors, do, dfinal, ctx.length, ctx.scale)
+    dinitial = None if ctx.saved_tensors[5] is None else dinitial
+    of_gate = (None, None) if A_log is None else dgates.sum(0)
+    of_gate = (d if d is None else d.to(x.dtype) for d, x in zip(of_gate, (A_log, dt_bias), strict=True))
+    return dq, dk, dv, dg.to(g.dtype), dbeta, dinitial, *of_gate, *(None,) * 5
 
 
 forward.register_autograd(_differentiate, setup_context=_save)
@@ -118,44 +200,67 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
 
 @torch.library.custom_op("archipelago::gated_delta_rule_steps", mutates_args=())
 def steps(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return o and the final state, token by token, without gradients; shapes as in `gated_delta_rule`."""
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
-    o, final, BLOCK_V = torch.empty_like(v), torch.empty_like(initial_state), min(16, power_of_two(V))
-    named = {"T": T, "HV": HV, "H": H, "scale": scale, "K": K, "V": V, "BLOCK_K": power_of_two(K), "BLOCK_V": BLOCK_V}
-    grid = (-(-V // BLOCK_V), HV, B)
-    launch_kernel(kernels.steps_kernel, q, k, v, g, beta, initial_state, o, final, grid=grid, named=named, warps=1)
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, A_log: Tensor | None,
+    dt_bias: Tensor | None, length: int, scale: float, norms: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return o and the final state, token by token, without gradients; arguments as of `forward`."""
+    (T, H, K), (HV, V) = q.shape, v.shape[1:]
+    o, final = _stepped(q, v, length)
+    BLOCK_V = min(16, power_of_two(V))
+    named = {"T": length, "HV": HV, "H": H, "scale": scale, "K": K, "V": V, "NORMALISED": norms}
+    named |= {"ROW_Q": q.stride(0), "ROW_K": k.stride(0), "ROW_V": v.stride(0)}
+    named |= {"BLOCK_K": power_of_two(K), "BLOCK_V": BLOCK_V}
+    grid = (-(-V // BLOCK_V), HV, T // length)
+    tensors = (q, k, v, g, beta, A_log, dt_bias, initial_state, o, final)
+    launch_kernel(kernels.steps_kernel, *tensors, grid=grid, named=named, warps=1)
     return o, final
 
 
+def _stepped(q: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return memory for outputs and final states."""
+    (T, _, K), (HV, V) = q.shape, v.shape[1:]
+    final = torch.empty((T // length, HV, K, V), dtype=torch.float32, device=v.device)
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device), final
+
+
 @steps.register_fake
-def _(q, k, v, g, beta, initial_state, scale):
-    return torch.empty_like(v), torch.empty_like(initial_state)
+def _(q, k, v, g, beta, initial_state, A_log, dt_bias, length, scale, norms):
+    return _stepped(q, v, length)
 
 
 @register_flop_formula(torch.ops.archipelago.gated_delta_rule_steps)
 def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    return q_shape[0] * q_shape[1] * gated_delta_rule_flops(1, v_shape[2], q_shape[3], v_shape[3])
+    return q_shape[0] * gated_delta_rule_flops(1, v_shape[1], q_shape[2], v_shape[2])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Turn [B, T, heads, D] into [B T, heads, D], in its own memory only where a token's numbers do not lie together
+    or the tokens are not equally far from each other."""
+    x = x.flatten(0, 1)
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def gated_delta_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return o and the final state, shapes as in `gated_delta_rule`.
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, scale: float,
+    cu_seqlens: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, use_qk_l2norm: bool,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return o and the final state, arguments as of `gated_delta_rule`.
 
     Raises:
         ValueError: for a dtype other than float32, bfloat16 and float16, or heads above 256 dimensions.
     """
     check_dtype(v)
     (B, T, _, K), V = q.shape, v.shape[3]
-    if takes_steps(T, cu_seqlens, (q, k, v, g, beta, initial_state)):
-        return steps(*(x.contiguous() for x in (q, k, v, g, beta, initial_state)), scale)
-    if max(K, V) > LARGEST_HEAD:
+    q, k, v = (_tokens(x) for x in (q, k, v))
+    g, beta = (x.flatten(0, 1).contiguous() for x in (g, beta))
+    others = [x if x is None else x.contiguous() for x in (initial_state, A_log, dt_bias)]
+    if takes_steps(T, cu_seqlens, (q, k, v, g, beta, *(x for x in others if x is not None))):
+        o, final = steps(q, k, v, g, beta, *others, T, scale, use_qk_l2norm)
+    elif max(K, V) > LARGEST_HEAD:
         raise ValueError(
             f"heads of {K} and {V} dimensions: the Triton kernels take up to {LARGEST_HEAD}; choose backend='torch'"
         )
-    packed = (x.flatten(0, 1).contiguous() for x in (q, k, v, g, beta))
-    o, final, *_ = forward(*packed, initial_state.contiguous(), boundaries(B, T, cu_seqlens, like=q), scale)
-    return o.view(v.shape), final
+    else:
+        o, final, *_ = forward(q, k, v, g, beta, *others, cu_seqlens, T, scale, use_qk_l2norm, output_final_state)
+    return o.view(B, T, *v.shape[1:]), final if output_final_state else None

@@ -93,7 +93,8 @@ def test_the_triton_operator_passes_pytorchs_own_checks(triton_device):
     packed = [inputs[name][0].requires_grad_() for name in ("q", "k", "v", "g", "beta")]
     cu_seqlens = torch.tensor([0, 5], device=triton_device)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(forward, (*packed, inputs["initial_state"], cu_seqlens, 0.3), test_utils=checks)
+    arguments = (*packed, inputs["initial_state"], None, None, cu_seqlens, 5, 0.3, True, True)
+    torch.library.opcheck(forward, arguments, test_utils=checks)
 
 
 @slow  # half a minute of compilation
