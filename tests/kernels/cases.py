@@ -125,8 +125,8 @@ def assert_triton_is_right(case: Case, device: str, exact: dict, dtype=torch.flo
     low = exact | case.operation.leaves(given, "cpu", dtype, gradients=False)
     plain = [run(case, low, backend, **options) for backend in ("reference", "torch")]
     on = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    # Products of float32 are three of TF32 parts, which together keep 22 of its 24 bits.
-    factor = 4 if dtype == torch.float32 else 2
+    # Products of float32 are three of TF32 parts, which together keep 22 of its 24 bits: four times the rounding error.
+    factor = 8 if dtype == torch.float32 else 2
     assert_within_twice(run(case, low, "triton", device, **on), plain, truth, factor)
 
 
