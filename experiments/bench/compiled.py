@@ -36,7 +36,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
 from experiments.bench.report import markdown  # noqa: E402
-from kernels import convolution, delta, delta_step, grouped, indexer, state_space  # noqa: E402
+from kernels import convolution, delta, delta_step, grouped, indexer, sparse, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -131,6 +131,8 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
             {"heads": 2, "groups": 1, "head_dim": size // 2, "state_size": size},
             [{}, {"D": None}],
         ),
+        (sparse.OPERATION, {"heads": 8, "kv_heads": 1, "head_dim": size}, [{}]),
+        (sparse.LATENT_OPERATION, {"heads": 128, "head_dim": 576, "value_dim": 512}, [{}]),
         (grouped.OPERATION, {"experts": 3, "width": size, "outputs": 2 * size}, [{}, many_rows]),
     ):
         for change in changes:  # without D, y is in the dtype of x

@@ -17,12 +17,7 @@ class BlockSizes(NamedTuple):
     """The block that a program holds, its warps and its pipeline stages.
 
     Attributes:
-        rows: tokens of the convolution; rows of the grouped product; value dimensions of the delta rule that the
-            gradients of a chunk take at a time; of a state channels of the state space dual form; queries of the
-            lightning indexer.
-        columns: channels of the convolution; of the grouped product numbers of a row of the output; of a state value
-            dimensions of the delta rule, numbers per channel of the state space dual form; keys of the lightning
-            indexer.
+        rows, columns: of the block; of what, the comment above an operation's rows says.
         forward_warps, backward_warps: warps of a program in the forward and in the backward pass.
         stages: pipeline stages; of the delta rule in the kernels that go through a sequence, the others have one.
     """
@@ -38,12 +33,14 @@ ANY_SIZE = math.inf
 
 # Operation, least compute capability that a row is for, largest head size that it is for.
 BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
+    # Tokens and channels.
     "causal_conv1d": {
         # Larger ones do not fit into registers.
         (8, 0): {
             ANY_SIZE: BlockSizes(rows=16, columns=64, forward_warps=4, backward_warps=4, stages=3),
         },
     },
+    # Value dimensions that the gradients of a chunk take at a time, and value dimensions of a state.
     "gated_delta_rule": {
         (8, 0): {
             64: BlockSizes(rows=64, columns=32, forward_warps=4, backward_warps=4, stages=2),
@@ -62,11 +59,13 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
     },
+    # Rows, and numbers of a row of the output.
     "grouped_matmul": {
         (8, 0): {
             ANY_SIZE: BlockSizes(rows=128, columns=128, forward_warps=8, backward_warps=8, stages=3),
         },
     },
+    # Queries and keys.
     "lightning_indexer": {
         (8, 0): {
             128: BlockSizes(rows=32, columns=128, forward_warps=4, backward_warps=4, stages=2),
@@ -77,6 +76,22 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             256: BlockSizes(rows=32, columns=64, forward_warps=4, backward_warps=4, stages=2),
         },
     },
+    # Heads and keys.
+    "sparse_attention": {
+        (8, 0): {
+            64: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=2),
+            128: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=2),
+            256: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=4, stages=2),
+            ANY_SIZE: BlockSizes(rows=32, columns=32, forward_warps=8, backward_warps=8, stages=1),
+        },
+        (9, 0): {
+            64: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=3),
+            128: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=3),
+            256: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=8, stages=2),
+            ANY_SIZE: BlockSizes(rows=64, columns=32, forward_warps=8, backward_warps=8, stages=2),
+        },
+    },
+    # Channels of a state, and numbers per channel.
     "ssd": {
         (8, 0): {
             ANY_SIZE: BlockSizes(rows=64, columns=32, forward_warps=4, backward_warps=4, stages=1),

@@ -1,0 +1,144 @@
+"""Sparse attention on any device: blocks of queries gather their keys and values, and gather them again in the backward
+pass, so that nothing of T x K is ever in memory but the indices.
+
+An item is a query in the heads of one group, which read the same keys: as a matrix product, R rows against K.
+
+Shape letters: B sequences, T queries, S keys, H query heads, G key-value heads, R query heads per key-value head, D and
+V dimensions of keys and values, K indices of a query, I items, N items of a block, M queries.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.common.arguments import at_least_float32
+
+# Numbers that a block gathers at most, or those of one query: on a CPU about what a core keeps in its cache.
+GATHERED = 1 << 19
+GATHERED_ELSEWHERE = 1 << 26
+
+
+class Memory:
+    """What the blocks of one pass are computed in, one after the other: fresh memory for each would cost more than what
+    is computed.
+
+    Args:
+        indices: [B, T, K].
+        k, v: [B, S, G, D] and [B, S, G, V], or no v where a value is the first `value_dim` numbers of its key.
+    """
+
+    def __init__(self, indices: Tensor, k: Tensor, v: Tensor | None, value_dim: int):
+        (B, S, G, _), (_, T, K) = k.shape, indices.shape
+        self.indices, self.shape, self.value_dim, self.made = indices.flatten(0, 1), (B, S, G, T, K), value_dim, {}
+        # Half precision is taken as float32, in which scores keep their digits.
+        self.keys = k.permute(2, 0, 1, 3).to(at_least_float32(k)).flatten(0, 2).contiguous()
+        self.values = None if v is None else v.permute(2, 0, 1, 3).to(self.keys.dtype).flatten(0, 2).contiguous()
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """Return a @ b, for [N, ..., ...]."""
+        shape = (len(a), a.shape[1], b.shape[2])
+        return torch.bmm(a, b, out=self._take(name, shape, a))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Go through the items: their places, the rows [N K] of the tables that they read (the first one of a sequence
+        for an index of none), their keys [N, K, D] and values [N, K, V], and [N, 1, K] where an index is none."""
+        (B, S, G, T, K), device = self.shape, self.indices.device
+        most = GATHERED if device.type == "cpu" else GATHERED_ELSEWHERE
+        queries = max(1, most // max(1, G * K * self.keys.shape[1]))
+        first_B = (torch.arange(B, device=device) * S).repeat_interleave(T)
+        head_G1 = (torch.arange(G, device=device) * B * S)[:, None]
+        for start in range(0, B * T, queries):
+            end = min(start + queries, B * T)
+            index_1K = self.indices[start:end, None]
+            none_1K = (index_1K < 0) | (index_1K >= S)
+            rows = (index_1K.masked_fill(none_1K, 0) + first_B[start:end, None, None] + head_G1).flatten()
+            keys = self._rows("keys", self.keys, rows)
+            values = keys[..., : self.value_dim] if self.values is None else self._rows("values", self.values, rows)
+            yield slice(start * G, end * G), rows, keys, values, none_1K.expand(-1, G, -1).flatten(0, 1)[:, None]
+
+    def _rows(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
+        K = self.shape[-1]
+        taken = self._take(name, (len(rows) // K, K, table.shape[1]), table)
+        torch.index_select(table, 0, rows, out=taken.flatten(0, 1))
+        return taken
+
+    def _take(self, name: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+        if name not in self.made:  # the first block is the largest
+            self.made[name] = like.new_empty(shape)
+        return self.made[name][: shape[0]]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, T, H, V] in the dtype of q and lse [B, T, H] in float32 or more.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, G, D].
+        v: [B, S, G, V], or None where a value is the first `value_dim` numbers of its key.
+        indices: [B, T, K] int32.
+        scale: factor on the scores.
+        value_dim: V.
+    """
+    memory, (B, T, H, _), G = Memory(indices, k, v, value_dim), q.shape, k.shape[2]
+    q_IRD = _items(q, G).to(memory.keys.dtype) * scale
+    out_IRV, lse_IR1 = q_IRD.new_empty(*q_IRD.shape[:2], value_dim), q_IRD.new_empty(*q_IRD.shape[:2], 1)
+    for items, _, keys, values, none in memory.blocks():
+        scores = memory.product("scores", q_IRD[items], keys.mT)
+        scores.masked_fill_(none, -torch.inf)
+        highest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        weights = scores.sub_(highest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        nothing = total == 0
+        total.masked_fill_(nothing, 1.0)
+        out_IRV[items] = memory.product("found", weights, values).div_(total)
+        lse_IR1[items] = highest.add_(total.log_()).masked_fill_(nothing, -torch.inf)
+    return out_IRV.view(B, T, H, value_dim).to(q.dtype), lse_IR1.view(B, T, H)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v; of no v an empty one, since that of k holds its share."""
+    memory, (B, S, G, _), V = Memory(indices, k, v, out.shape[3]), k.shape, out.shape[3]
+    q_IRD, out_IRV, dout_IRV = (_items(x, G).to(memory.keys.dtype) for x in (q, out, dout))
+    q_IRD = q_IRD * scale
+    lse_IR1, dlse_IR1 = (_items(x[..., None], G) for x in (lse, dlse))
+    lse_IR1 = lse_IR1.masked_fill(lse_IR1.isneginf(), 0.0)  # there all scores are -inf
+    delta_IR1 = (out_IRV * dout_IRV).sum(-1, keepdim=True) - dlse_IR1
+    dq_IRD, dkeys = torch.empty_like(q_IRD), torch.zeros_like(memory.keys)
+    dvalues = dkeys[:, :V] if memory.values is None else torch.zeros_like(memory.values)
+    for items, rows, keys, values, none in memory.blocks():
+        scores = memory.product("scores", q_IRD[items], keys.mT)
+        p = scores.masked_fill_(none, -torch.inf).sub_(lse_IR1[items]).exp_()
+        ds = memory.product("dp", dout_IRV[items], values.mT).sub_(delta_IR1[items]).mul_(p)
+        dq_IRD[items] = memory.product("dq", ds, keys)
+        # The gathered keys and values are done with: their gradients take their place.
+        dkeys.index_add_(0, rows, memory.product("keys", ds.mT, q_IRD[items]).flatten(0, 1))
+        dvalues.index_add_(0, rows, memory.product("values", p.mT, dout_IRV[items]).flatten(0, 1))
+    dk, dv = (x.unflatten(0, (G, B, S)).permute(1, 2, 0, 3).to(k.dtype) for x in (dkeys, dvalues))
+    dv = k.new_empty(0) if v is None else dv.contiguous()
+    return dq_IRD.mul_(scale).view(q.shape).to(q.dtype), dk.contiguous(), dv
+
+
+@torch.no_grad()
+def mean_weights(q: Tensor, k: Tensor, indices: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Return what attention gives to the keys that each query names, [B, T, K], as a mean over the heads and without
+    gradient; shapes as in `forward`."""
+    memory, (B, T, H, _), G, K = Memory(indices, k, None, 0), q.shape, k.shape[2], indices.shape[2]
+    q_IRD, lse_IR1 = _items(q, G).to(memory.keys.dtype) * scale, _items(lse[..., None], G)
+    lse_IR1 = lse_IR1.masked_fill(lse_IR1.isneginf(), 0.0)
+    mean_MGK = q_IRD.new_empty(B * T, G, K)
+    for items, _, keys, _, none in memory.blocks():
+        p = memory.product("scores", q_IRD[items], keys.mT).masked_fill_(none, -torch.inf).sub_(lse_IR1[items]).exp_()
+        mean_MGK.flatten(0, 1)[items] = p.sum(1)
+    return mean_MGK.sum(1).div_(H).view(B, T, K)
+
+
+def _items(x: Tensor, kv_heads: int) -> Tensor:
+    """Return x [B, T, H, ...] as [I, R, ...]."""
+    B, T, H, last = x.shape
+    return x.reshape(B * T * kv_heads, H // kv_heads, last)

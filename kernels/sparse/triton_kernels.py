@@ -1,0 +1,198 @@
+"""Sparse attention in Triton. A program has a query and the heads of one group, as rows of its matrix products; it
+gathers the keys of the query once for all of them. Sums are in float32.
+
+The gradients of keys and values are summed without atomics. A pair of a query and a key first gets a row of its own,
+summed over the heads of the group; then a program per key adds up the rows of its pairs, which have been sorted by key.
+
+A key has two parts of A and B numbers, whose blocks are powers of two: where values are the beginning of their keys
+(SHARED), the first part is the value.
+
+Shape letters: H heads, G key-value heads, D and V dimensions of keys and values, A and B of the parts of a key, S keys
+of a sequence, T queries of one, K indices of a query; M heads and N keys of a block, C columns of one; W of a row of
+the gradients.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.common.tiles import product
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def heads_of(query, H, G, BLOCK_M: tl.constexpr):
+    """Return the rows of the heads [M] that program (query, group, block) has among all [queries H], and a mask of
+    those that exist."""
+    group = H // G
+    head = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return query.to(tl.int64) * H + tl.program_id(1) * group + head, head < group
+
+
+@triton.jit
+def part(pointer, rows, exist, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return [rows, BLOCK], numbers FIRST to FIRST + SIZE of rows of WIDTH, 0 outside."""
+    column = tl.arange(0, BLOCK)
+    at = pointer + rows[:, None] * WIDTH + FIRST + column[None]
+    return tl.load(at, mask=exist[:, None] & (column < SIZE)[None], other=0.0)
+
+
+@triton.jit
+def put_part(
+    x, pointer, rows, exist, WIDTH: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store x where `part` reads it."""
+    column = tl.arange(0, BLOCK)
+    at = pointer + rows[:, None] * WIDTH + FIRST + column[None]
+    tl.store(at, x.to(pointer.dtype.element_ty), mask=exist[:, None] & (column < SIZE)[None])
+
+
+@triton.jit
+def last_index(indices, query, S, K, BLOCK_K: tl.constexpr):
+    """Return the number of indices up to the last one that names a key."""
+    j = tl.arange(0, BLOCK_K)
+    index = tl.load(indices + query.to(tl.int64) * K + j, mask=j < K, other=-1)
+    return tl.max(tl.where((index >= 0) & (index < S), j + 1, 0), 0)
+
+
+@triton.jit
+def keys_at(indices, query, start, T, S, G, K, BLOCK_N: tl.constexpr):
+    """Return the rows of the keys [N] that a query names from index `start` on among all [keys G], and a mask of those
+    that exist."""
+    j = start + tl.arange(0, BLOCK_N)
+    index = tl.load(indices + query.to(tl.int64) * K + j, mask=j < K, other=-1)
+    exist = (index >= 0) & (index < S)
+    row = (query // T).to(tl.int64) * S + tl.where(exist, index, 0)
+    return row * G + tl.program_id(1), exist
+
+
+@triton.jit(do_not_specialize=["T", "S"])
+def forward_kernel(
+    q, k, v, indices, out, lse, T, S, H, G, K, scale, SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0)
+    heads, real = heads_of(query, H, G, BLOCK_M)
+    qa = part(q, heads, real, D, 0, A, BLOCK_A)
+    qb = part(q, heads, real, D, A, B, BLOCK_B) if B else qa
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    found = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for start in range(0, last_index(indices, query, S, K, BLOCK_K), BLOCK_N):
+        rows, exist = keys_at(indices, query, start, T, S, G, K, BLOCK_N)
+        ka = part(k, rows, exist, D, 0, A, BLOCK_A)
+        scores = product(qa, tl.trans(ka), PRECISION)
+        if B:
+            scores += product(qb, tl.trans(part(k, rows, exist, D, A, B, BLOCK_B)), PRECISION)
+        scores = tl.where(exist[None], scores * (scale * LOG2_E), float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p, kept = tl.exp2(scores - base[:, None]), tl.exp2(highest - base)
+        total = total * kept + tl.sum(p, 1)
+        values = ka if SHARED else part(v, rows, exist, V, 0, V, BLOCK_V)
+        found = found * kept[:, None] + product(p.to(values.dtype), values, PRECISION)
+        highest = higher
+    some = total > 0
+    put_part(found / tl.where(some, total, 1.0)[:, None], out, heads, real, V, 0, V, BLOCK_V)
+    logarithm = (highest + tl.log2(tl.where(some, total, 1.0))) / LOG2_E
+    tl.store(lse + heads, tl.where(some, logarithm, float("-inf")), mask=real)
+
+
+@triton.jit(do_not_specialize=["T", "S", "first"])
+def queries_gradient_kernel(
+    q, k, v, indices, out, lse, dout, dlse, dq, weights, dscores, first, T, S, H, G, K, scale, SHARED: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store dq; and for the queries from `first` on, by pair, the weights and the gradients of the scores of q and k,
+    both [queries, H, K]. They are stored up to the last block of keys that a query names."""
+    query = first + tl.program_id(0)
+    heads, real = heads_of(query, H, G, BLOCK_M)
+    qa, dfound = part(q, heads, real, D, 0, A, BLOCK_A), part(dout, heads, real, V, 0, V, BLOCK_V)
+    found = part(out, heads, real, V, 0, V, BLOCK_V)
+    base = tl.load(lse + heads, mask=real, other=0.0) * LOG2_E
+    base = tl.where(base == float("-inf"), 0.0, base)
+    delta = tl.sum(found.to(tl.float32) * dfound.to(tl.float32), 1) - tl.load(dlse + heads, mask=real, other=0.0)
+    qb = part(q, heads, real, D, A, B, BLOCK_B) if B else qa
+    dqa, dqb = tl.zeros((BLOCK_M, BLOCK_A), tl.float32), tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+    pairs, _ = heads_of(tl.program_id(0), H, G, BLOCK_M)
+    for start in range(0, last_index(indices, query, S, K, BLOCK_K), BLOCK_N):
+        rows, exist = keys_at(indices, query, start, T, S, G, K, BLOCK_N)
+        ka = part(k, rows, exist, D, 0, A, BLOCK_A)
+        scores = product(qa, tl.trans(ka), PRECISION)
+        kb = part(k, rows, exist, D, A, B, BLOCK_B) if B else ka
+        if B:
+            scores += product(qb, tl.trans(kb), PRECISION)
+        p = tl.where(exist[None], tl.exp2(scores * (scale * LOG2_E) - base[:, None]), 0.0)
+        values = ka if SHARED else part(v, rows, exist, V, 0, V, BLOCK_V)
+        ds = p * (product(dfound, tl.trans(values), PRECISION) - delta[:, None]) * scale
+        p, ds = p.to(weights.dtype.element_ty), ds.to(dscores.dtype.element_ty)
+        dqa += product(ds, ka, PRECISION)
+        if B:
+            dqb += product(ds, kb, PRECISION)
+        j = start + tl.arange(0, BLOCK_N)
+        at, mask = pairs[:, None] * K + j[None], real[:, None] & (j < K)[None]
+        tl.store(weights + at, p, mask=mask)
+        tl.store(dscores + at, ds, mask=mask)
+    put_part(dqa, dq, heads, real, D, 0, A, BLOCK_A)
+    if B:
+        put_part(dqb, dq, heads, real, D, A, B, BLOCK_B)
+
+
+@triton.jit
+def over_heads(
+    total, by_pair, x, first, n, group, j, H, G, K, column, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return total [N, C] plus the sums over the heads of a group of by_pair [queries, H, K] times x [queries, H,
+    WIDTH], the latter of query first + n."""
+    heads = H // G
+    for start in range(0, heads, BLOCK_M):
+        head = start + tl.arange(0, BLOCK_M)
+        row, real = group * heads + head, (head < heads)[:, None]
+        at = by_pair + (n.to(tl.int64) * H + row)[:, None] * K + j[None]
+        weight = tl.load(at, mask=real & (j < K)[None], other=0.0)
+        at = x + ((first + n).to(tl.int64) * H + row)[:, None] * WIDTH + column[None]
+        total += product(tl.trans(weight), tl.load(at, mask=real & (column < WIDTH)[None], other=0.0), PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["first"])
+def pairs_gradient_kernel(
+    q, dout, weights, dscores, gradients, first, H, G, K, KEYS: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store what each pair adds to the gradient of its key, of its value, or of both together, in [queries, G, K, W]:
+    of the value alone in the last V numbers."""
+    n, j = tl.program_id(0), tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group, column = tl.program_id(1) % G, tl.program_id(1) // G * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    if KEYS:
+        total = over_heads(total, dscores, q, first, n, group, j, H, G, K, column, D, BLOCK_M, PRECISION)
+    if VALUES:
+        total = over_heads(total, weights, dout, first, n, group, j, H, G, K, column, V, BLOCK_M, PRECISION)
+    at = gradients + ((n.to(tl.int64) * G + group) * K + j)[:, None] * W + (0 if KEYS else W - V) + column[None]
+    tl.store(at, total.to(gradients.dtype.element_ty), mask=(j < K)[:, None] & (column < (D if KEYS else V))[None])
+
+
+@triton.jit
+def sums_kernel(gradients, order, begins, total, G, K, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Add to total [keys, G, W] the gradients [queries, G, K, W] of the pairs of each key: `order` names them sorted by
+    key, those of a key from begins [keys + 1] on."""
+    key, group = tl.program_id(0), tl.program_id(1)
+    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin, end = tl.load(begins + key), tl.load(begins + key + 1)
+    if end > begin:
+        at = total + (key.to(tl.int64) * G + group) * W + column
+        added = tl.load(at, mask=column < W, other=0.0)
+        for start in range(begin, end, BLOCK_N):
+            place = start + tl.arange(0, BLOCK_N)
+            pair = tl.load(order + place, mask=place < end, other=0)
+            row = (pair // K * G + group) * K + pair % K
+            mask = (place < end)[:, None] & (column < W)[None]
+            x = tl.load(gradients + row[:, None] * W + column[None], mask=mask, other=0.0)
+            added += tl.sum(x.to(tl.float32), 0)
+        tl.store(at, added, mask=column < W)
