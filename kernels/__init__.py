@@ -4,8 +4,8 @@ The face of the package is the functions below. One folder per operation, all wi
 
     __init__.py          the public function: signature, shapes, errors; and OPERATION, for trials and tests
     reference.py         the definition, as plain as can be; every other backend is tested against it in float64
-    chunked.py           the fast path on any device (depthwise.py for the convolution, segments.py for the grouped
-                         product, blocks.py for the indexer, gathered.py for sparse attention), and the count of its FLOPs
+    chunked.py           the fast path on any device and the count of its FLOPs (depthwise.py for the convolution,
+                         segments.py for the grouped product, blocks.py for the indexer, gathered.py for sparse attention)
     triton_kernels.py    the kernels for GPUs
     triton_operators.py  their registration with PyTorch: autograd, torch.compile, FlopCounterMode (operators.py where
                          the fast path is registered too)
@@ -31,7 +31,7 @@ from kernels.indexer import (
     lightning_indexer_loss,
     lightning_indexer_loss_flops,
 )
-from kernels.sparse import sparse_attention, sparse_attention_flops, sparse_attention_weights
+from kernels.sparse import sparse_attention, sparse_attention_flops
 from kernels.state_space import ssd, ssd_flops
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "lightning_indexer_loss_flops",
     "sparse_attention",
     "sparse_attention_flops",
-    "sparse_attention_weights",
     "ssd",
     "ssd_flops",
 ]

@@ -101,12 +101,13 @@ class LatentAttention(Mixer[KVCache]):
 
     def heads_of(self, q: Tensor, latent: Tensor, k_rope: Tensor, absorbed: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values to attend with, of H heads materialised; absorbed, the queries reach into the latent
-        space and the latents themselves are the one head of keys and of values."""
+        space and the latents themselves are the one head of values, and the beginning of that of keys."""
         if absorbed:
             k_up_HNR, _ = self._up()
             q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
             q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, k_up_HNR), q_rope], dim=-1)
-            return q, torch.cat([latent, k_rope], dim=-1), latent
+            k = torch.cat([latent, k_rope], dim=-1).to(q.dtype)
+            return q, k, k[..., : self.kv_rank]
         kv_BTHE = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.heads, -1))
         k_nope, v = kv_BTHE.split([self.nope_dim, self.value_dim], dim=-1)
         return q, torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1), v
@@ -142,3 +143,8 @@ class LatentAttention(Mixer[KVCache]):
     def pair_flops(self) -> int:
         """Forward FLOPs of the score and the sum of one (query, key) pair in all heads, in the materialised form."""
         return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+    @property
+    def absorbed_pair_flops(self) -> int:
+        """Forward FLOPs of one pair in all heads, in the absorbed form."""
+        return 2 * self.heads * (2 * self.kv_rank + self.rope_dim)

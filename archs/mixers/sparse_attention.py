@@ -19,7 +19,7 @@ from archs.mixers.softmax import attend, positions_of
 from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
-from kernels import lightning_indexer, lightning_indexer_loss
+from kernels import lightning_indexer, lightning_indexer_loss, sparse_attention
 
 
 class Indexer(nn.Module):
@@ -143,25 +143,29 @@ class SparseAttention(Mixer[IndexedCache]):
         """Mix x; see `Mixer`."""
         position = positions_of(x_BTD, visibility, state)
         before = None if state is None else state.attention
-        query_input, q, k, v, output, cache = self._attention(x_BTD, position, before)
-        index = x_BTD.detach(), query_input.detach(), position
-        index_q, index_weights = self.indexer.queries(*index)
+        picks = self._picks(x_BTD.shape[1] + (0 if before is None else before.length))
+        query_input, q, k, v, output, cache = self._attention(x_BTD, position, before, picks)
+        index_q, index_weights = self.indexer.queries(x_BTD.detach(), query_input.detach(), position)
         index_k = self.indexer.keys(x_BTD.detach(), position)
         if state is not None and cache is not None:
             index_k, _, kept = state.index.append(index_k, index_k[..., :0])
             state = IndexedCache(cache, kept)
-        asked = index_q, index_k[:, :, 0], index_weights
-        picked_BTK = self._pick(*asked, visibility) if self.stage == "sparse" and self.top_k < k.shape[1] else None
-        y_BTHE = _attend(q, k, v, picked_BTK, visibility, self.attention.scale)
+        asked, scale = (index_q, index_k[:, :, 0], index_weights), self.attention.scale
+        picked_BTK = self._pick(*asked, visibility) if picks else None
+        if picked_BTK is None:
+            y_BTHE = attend(q, k, v, visibility, scale=scale)
+        else:
+            y_BTHE, _ = sparse_attention(q, k, v, picked_BTK, scale=scale)
         self.losses = {}
         if self.training:
             self.losses["indexer_kl"] = self.loss_weight * self._divergence(*asked, q, k, picked_BTK, visibility)
         return output(y_BTHE), state
 
-    def _attention(self, x_BTD: Tensor, position: Positions, cache: KVCache | None):
-        """Return the input of the indexer's queries; q, k, v of all heads; what brings findings back; the cache."""
+    def _attention(self, x_BTD: Tensor, position: Positions, cache: KVCache | None, picks: bool):
+        """Return the input of the indexer's queries; q, k, v of all heads; what brings findings back; the cache. picks:
+        whether each query reads tokens of its own, of which it then gathers the latents rather than all heads."""
         if isinstance(self.attention, LatentAttention):
-            absorbed = cache is not None and cache.length > 0
+            absorbed = picks or cache is not None and cache.length > 0
             query_input = self.attention.query_input(x_BTD)
             q, latent, k_rope = self.attention.project(x_BTD, query_input, position)
             if cache is not None:
@@ -171,7 +175,7 @@ class SparseAttention(Mixer[IndexedCache]):
         q, k, v = self.attention.project(x_BTD, position)
         if cache is not None:
             k, v, cache = cache.append(k, v)
-        return x_BTD, q, k, v, partial(self.attention.output, x_BTD=x_BTD), cache
+        return x_BTD, q, k.to(q.dtype), v.to(q.dtype), partial(self.attention.output, x_BTD=x_BTD), cache
 
     def _pick(self, q: Tensor, k: Tensor, weights: Tensor, visibility: Visibility) -> Tensor:
         """Places [B, T, K] of the tokens of highest score, as `lightning_indexer` gives them."""
@@ -209,30 +213,33 @@ class SparseAttention(Mixer[IndexedCache]):
         return IndexedCache(self.attention.empty_state(batch), KVCache(keys, nothing))
 
     def flops(self, T: int, visibility: Visibility) -> int:
-        """Forward FLOPs of one sequence: attention over the pairs that it reads (what runs masks the others, and so
-        computes all pairs; a kernel that gathers is what the count is of), the indexer over all visible ones where it
-        picks, and in training, over the pairs read, its loss: the products of the indexer and of the attention."""
-        read, visible = self.pairs(T, visibility), visibility.pairs(T)
-        picks = self.stage == "sparse" and self.top_k < T
-        dense = self.attention.flops(T, visibility) - self.attention.pair_flops * (visible - read)
+        """Forward FLOPs of one sequence: attention over the pairs that it reads, absorbed where it is latent and picks;
+        the indexer over all visible pairs where it picks; and in training, over the pairs read, its loss: the products
+        of the indexer and the scores of the attention. (What runs computes places without a token too.)"""
+        read, visible, picks = self.pairs(T, visibility), visibility.pairs(T), self._picks(T)
+        attention, pair_flops, score_flops = self.attention, *self._pair_flops(picks)
+        attended = attention.flops(T, visibility) - attention.pair_flops * visible + pair_flops * read
         indexed = self.indexer.flops(T, picks * visible + self.training * read)
-        return dense + indexed + self.training * self._score_flops * read
+        return attended + indexed + self.training * score_flops * read
 
-    @property
-    def _score_flops(self) -> int:
-        """FLOPs of the attention's score of one (query, key) pair in all heads."""
-        inner = self.attention
-        return (
-            2
-            * inner.heads
-            * (inner.nope_dim + inner.rope_dim if isinstance(inner, LatentAttention) else inner.head_dim)
-        )
+    def _pair_flops(self, picks: bool) -> tuple[int, int]:
+        """FLOPs of the attention on one (query, key) pair in all heads, and of its score alone."""
+        attention = self.attention
+        if not isinstance(attention, LatentAttention):
+            return attention.pair_flops, 2 * attention.heads * attention.head_dim
+        if picks:
+            return attention.absorbed_pair_flops, 2 * attention.heads * (attention.kv_rank + attention.rope_dim)
+        return attention.pair_flops, 2 * attention.heads * (attention.nope_dim + attention.rope_dim)
 
     def pairs(self, T: int, visibility: Visibility) -> int:
         """Number of (query, key) pairs that attention reads in a sequence of T tokens."""
-        if self.stage == "dense" or self.top_k >= T:
+        if not self._picks(T):
             return visibility.pairs(T)
         return visibility.pairs(T, self.top_k) if visibility.kind is Kind.CAUSAL else T * self.top_k
+
+    def _picks(self, keys: int) -> bool:
+        """Return whether queries of so many keys read fewer of them."""
+        return self.stage == "sparse" and self.top_k < keys
 
 
 def _end_to_end(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -244,24 +251,3 @@ def _shifted(picked_BTK: Tensor, by: int) -> Tensor:
     """Places moved by so many per row of the batch, between those in rows and those of rows laid end to end."""
     rows = torch.arange(len(picked_BTK), device=picked_BTK.device, dtype=picked_BTK.dtype)
     return torch.where(picked_BTK < 0, -1, picked_BTK + by * rows[:, None, None])
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, picked_BTK: Tensor | None, visibility: Visibility, scale: float) -> Tensor:
-    """Attention of q [B, T, H, E] on the picked of k and v [B, S, G, E], on all that is visible where there is no
-    choice: what it finds [B, T, H, E]."""
-    if picked_BTK is None:
-        return attend(q, k, v, visibility, scale=scale)
-    if q.shape[1] == 1:  # reads no more than was picked
-        at = picked_BTK.mT.long()[..., None]
-        k, v = (x.take_along_dim(at, dim=1) for x in (k, v))
-        unseen_BTS = None
-    else:
-        B, T, S = *q.shape[:2], k.shape[1]
-        seen = torch.zeros(B, T, S + 1, dtype=torch.bool, device=q.device)
-        unseen_BTS = ~seen.scatter_(2, torch.where(picked_BTK < 0, S, picked_BTK).long(), True)[..., :S]
-    q_BGRTE = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
-    k_BG1ES, v_BG1SE = k.permute(0, 2, 3, 1)[:, :, None], v.transpose(1, 2)[:, :, None]
-    scores = (q_BGRTE * scale) @ k_BG1ES
-    if unseen_BTS is not None:
-        scores = scores.masked_fill(unseen_BTS[:, None, None], -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v_BG1SE).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -17,7 +17,7 @@ from kernels.sparse.operators import register, sparse_attention_flops
 from kernels.sparse.problems import KEPT, random_latents, random_problem
 from kernels.sparse.reference import sparse_attention_reference
 
-__all__ = ["LATENT_OPERATION", "OPERATION", "sparse_attention", "sparse_attention_flops", "sparse_attention_weights"]
+__all__ = ["LATENT_OPERATION", "OPERATION", "sparse_attention", "sparse_attention_flops"]
 
 BACKENDS = ["reference", "torch", "triton"]
 gathered_operator = register("sparse_attention_gathered", gathered.forward, gathered.backward)
@@ -72,20 +72,6 @@ def sparse_attention(
         if backend == "triton":
             from kernels.sparse.triton_operators import sparse_attention_triton as run
         return run(q.contiguous(), k.contiguous(), None if shared else v.contiguous(), indices, scale, V)
-
-
-def sparse_attention_weights(
-    q: Tensor, k: Tensor, indices: Tensor, lse: Tensor, *, scale: float | None = None
-) -> Tensor:
-    """Return what `sparse_attention` gave to each key that a query names as a mean over the heads, [B, T, K] in float32
-    (float64 for float64 inputs), 0 for none; without gradient.
-
-    Args:
-        q, k, indices, scale: as in `sparse_attention`.
-        lse: [B, T, H], what it returned.
-    """
-    with without_autocast(q):
-        return gathered.mean_weights(q, k, indices, lse, q.shape[3] ** -0.5 if scale is None else scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:

@@ -124,20 +124,6 @@ def backward(
     return dq_IRD.mul_(scale).view(q.shape).to(q.dtype), dk.contiguous(), dv
 
 
-@torch.no_grad()
-def mean_weights(q: Tensor, k: Tensor, indices: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Return what attention gives to the keys that each query names, [B, T, K], as a mean over the heads and without
-    gradient; shapes as in `forward`."""
-    memory, (B, T, H, _), G, K = Memory(indices, k, None, 0), q.shape, k.shape[2], indices.shape[2]
-    q_IRD, lse_IR1 = _items(q, G).to(memory.keys.dtype) * scale, _items(lse[..., None], G)
-    lse_IR1 = lse_IR1.masked_fill(lse_IR1.isneginf(), 0.0)
-    mean_MGK = q_IRD.new_empty(B * T, G, K)
-    for items, _, keys, _, none in memory.blocks():
-        p = memory.product("scores", q_IRD[items], keys.mT).masked_fill_(none, -torch.inf).sub_(lse_IR1[items]).exp_()
-        mean_MGK.flatten(0, 1)[items] = p.sum(1)
-    return mean_MGK.sum(1).div_(H).view(B, T, K)
-
-
 def _items(x: Tensor, kv_heads: int) -> Tensor:
     """Return x [B, T, H, ...] as [I, R, ...]."""
     B, T, H, last = x.shape
