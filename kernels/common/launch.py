@@ -94,10 +94,7 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
     # Channels of a state, and numbers per channel.
     "ssd": {
         (8, 0): {
-            ANY_SIZE: BlockSizes(rows=64, columns=32, forward_warps=4, backward_warps=4, stages=1),
-        },
-        (9, 0): {
-            ANY_SIZE: BlockSizes(rows=64, columns=64, forward_warps=8, backward_warps=8, stages=1),
+            ANY_SIZE: BlockSizes(rows=64, columns=64, forward_warps=8, backward_warps=8, stages=3),
         },
     },
 }
@@ -159,7 +156,7 @@ def launch_kernel(
 
     Args:
         kernel: a function of `triton.jit`.
-        tensors: its first arguments.
+        tensors: its first arguments, the very first not None.
         grid: programs in each dimension.
         named: sizes, chunks and constants by name; the kernel is given those that it names after `tensors`.
         warps, stages: warps of a program and pipeline stages, as Triton's own defaults.

@@ -76,6 +76,12 @@ def chunk_count(tokens: int, sequences: int, size: int) -> int:
     return tokens // size + sequences
 
 
+def slot_count(rows: int, tokens: int, cu_seqlens: Tensor | None, size: int) -> int:
+    """Return how many slots of `size` tokens, as kernels/common/slots.py numbers them, sequences have: the rows of a
+    batch, or those packed in the one row."""
+    return rows * max(1, -(-tokens // size)) if cu_seqlens is None else tokens // size + sequence_count(1, cu_seqlens)
+
+
 def chunks_of(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
     """Return the chunks of `size` tokens of packed sequences, on the device of cu_seqlens and without waiting for
     it."""

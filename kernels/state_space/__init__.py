@@ -117,6 +117,14 @@ def ssd(
             dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states,
         )  # fmt: skip
         return found if return_final_states else (found, None)
+    if backend == "triton" and x.numel():
+        from kernels.state_space.triton_operators import ssd_triton
+
+        least, most = dt_limit if dt_limit != NO_LIMIT else (-math.inf, math.inf)
+        y, final_states = ssd_triton(
+            x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus, least, most
+        )
+        return y, final_states if return_final_states else None
 
     dtype = at_least_float32(x)
     if dt is None:
@@ -130,14 +138,8 @@ def ssd(
     state = state_or_zeros(initial_states, state_shape, like=x)
     # Autocast would round the decayed scores and the states to bfloat16.
     with without_autocast(x):
-        if backend == "triton" and x.numel():
-            from kernels.state_space.triton_operators import ssd_triton
-
-            single = D is not None or z is not None  # so that y is rounded once, at the end
-            y, final_states = ssd_triton(x, dt, g, B, C, state, cu_seqlens, single)
-        else:
-            run = ssd_reference if backend == "reference" else partial(ssd_chunked, chunk_size=chunk_size)
-            y, final_states = run_each_sequence(run, [x, dt, g, B, C], state, cu_seqlens, like=x.to(dtype))
+        run = ssd_reference if backend == "reference" else partial(ssd_chunked, chunk_size=chunk_size)
+        y, final_states = run_each_sequence(run, [x, dt, g, B, C], state, cu_seqlens, like=x.to(dtype))
     y = y if D is None else y + D.to(y.dtype)[:, None] * x
     y = y if z is None else y * F.silu(z.to(y.dtype))
     return y.to(x.dtype), final_states if return_final_states else None

@@ -86,7 +86,7 @@ def test_chunked_errs_at_most_twice_as_much_as_the_recurrence_in_the_same_dtype(
 @on_triton
 @pytest.mark.parametrize("decay", [0.0, -1e-4, -20.0, -500.0])
 def test_triton_takes_decays_from_none_to_extreme(triton_device, decay):
-    assert_triton_is_right(SSD, triton_device, problem(66, decay, **SSD.sizes, batch=1))
+    assert_triton_is_right(SSD, triton_device, problem(66, decay, **SSD.sizes | {"heads": 2}, batch=1))
 
 
 @pytest.mark.thorough
@@ -218,11 +218,12 @@ def test_mamba_ssm_is_called_as_it_wants_to_be_and_missed_by_name(monkeypatch):
 def test_the_triton_operator_passes_pytorchs_own_checks(triton_device):
     from kernels.state_space.triton_operators import forward
 
-    t = {name: x.to(triton_device) for name, x in in_single(problem(20, batch=1)).items()}
-    packed = [x[0].contiguous().requires_grad_() for x in (t["x"], t["dt"], t["dt"] * t["A"], t["B"], t["C"])]
-    cu_seqlens = torch.tensor([0, 20], device=triton_device)
+    t = {name: x.to(triton_device).requires_grad_() for name, x in in_single(problem(20)).items()}
+    bias = torch.zeros(4, device=triton_device, requires_grad=True)
+    arguments = (t[name] for name in ("x", "dt", "A", "B", "C", "D", "z"))
+    arguments = (*arguments, bias, t["initial_states"], None, True, 0.0, 2.0)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(forward, (*packed, t["initial_states"], cu_seqlens, True), test_utils=checks)
+    torch.library.opcheck(forward, arguments, test_utils=checks)
 
 
 @slow  # half a minute of compilation
