@@ -54,8 +54,9 @@ def lightning_indexer(
         causal: whether a query sees the keys up to its own place, or all of them.
         cu_seqlens: [N + 1] int32 or int64: the batch of one row holds N documents one after the other, the n-th from
             cu_seqlens[n] to cu_seqlens[n + 1], which do not see each other.
-        backend: "auto" (see `choose_backend`), "torch" (in blocks), "reference" (all scores in memory), or
-            "triton" (float32, bfloat16 and float16). Scores are in float32, or float64 for float64 inputs.
+        backend: "auto" (see `choose_backend`), "torch" (in blocks), "reference" (all scores in memory),,
+            "triton" (float32, bfloat16 and float16) or "cuda" (Hopper, bfloat16, up to 64 heads of up to 128
+            dimensions; built on first use). Scores are in float32, or float64 for float64 inputs.
 
     Returns:
         [B, T, topk] int32: the places in rising order, and -1 behind them where fewer keys are visible.
@@ -66,6 +67,10 @@ def lightning_indexer(
     B, T, S = check_indexer("lightning_indexer", q, k, weights, causal, cu_seqlens)
     if topk < 1:
         raise ValueError(f"topk={topk} must be at least 1 key")
+    if backend == "cuda":
+        from kernels.indexer.cuda_operators import lightning_indexer_cuda
+
+        return lightning_indexer_cuda(q, k, weights, cu_seqlens, topk, causal)
     backend = choose_backend(
         OPERATION, backend, ["reference", "torch", "triton"], "torch", q, heads=q.shape[2], head_dim=q.shape[3]
     )

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.common.arguments import at_least_float32, without_autocast
 from kernels.indexer.ranges import pair_count, visible_ranges
 
+SCORES = 1 << 23  # of a block of queries on a GPU, in float32: 32 MiB, which the cache of a large one holds
 PRODUCTS = 1 << 20  # numbers that a block of queries makes with all heads and keys: what caches hold
 
 
@@ -22,6 +23,11 @@ def blocks_of(T: int, per_query: int, most: int) -> list[range]:
     """Return the queries in blocks, each of which makes about `most` numbers of `per_query` per query."""
     size = max(1, most // max(per_query, 1))
     return [range(first, min(first + size, T)) for first in range(0, T, size)]
+
+
+def queries_at_once(B: int, T: int, S: int, multiple: int) -> int:
+    """Return how many queries of each sequence have their scores in memory: whole tiles of queries, at least one."""
+    return min(T, max(1, SCORES // (B * S * multiple)) * multiple)
 
 
 def keys_of(block: range, S: int, T: int, causal: bool, begins: Tensor, ends: Tensor) -> slice:
@@ -73,8 +79,10 @@ def _(q, k, weights, cu_seqlens, topk, causal):
     return q.new_empty(*q.shape[:2], topk, dtype=torch.int32)
 
 
-@register_flop_formula(torch.ops.archipelago.lightning_indexer_blocks)
 def count_flops(q_shape, k_shape, weights_shape, cu_seqlens, topk, causal, *args, out_shape=None, **kwargs) -> int:
     """Count as if each row were one document."""
     B, T, H, D = q_shape
     return B * lightning_indexer_flops(T, k_shape[1], H, D, causal)
+
+
+register_flop_formula(torch.ops.archipelago.lightning_indexer_blocks)(count_flops)

@@ -75,21 +75,22 @@ def select_kernel(
     place, bins = tl.arange(0, BLOCK_S), tl.arange(0, 256)
 
     # The least that is picked, from its highest bits on, and how many of those equal to it are.
-    least, wanted, equal = tl.full((), 0, tl.uint32), tl.minimum(K, end - begin), 0
-    for digit in tl.static_range(4):
-        shift = 24 - 8 * digit
-        counts = tl.zeros((256,), dtype=tl.int32)
-        for s in range(begin, end, BLOCK_S):
-            inside = s + place < end
-            x = ordered(scores, s + place, inside)
-            if digit > 0:
-                inside = inside & ((x >> (shift + 8)) == (least >> (shift + 8)))
-            counts += tl.histogram(((x >> shift) & 255).to(tl.int32), 256, mask=inside)
-        at_least = tl.cumsum(counts, 0, reverse=True)
-        found = tl.max(tl.where(at_least >= wanted, bins, 0), 0)
-        wanted -= tl.sum(tl.where(bins > found, counts, 0), 0)
-        equal = tl.sum(tl.where(bins == found, counts, 0), 0)
-        least = least | (found.to(tl.uint32) << shift)
+    least, wanted, equal = tl.full((), 0, tl.uint32), K + 0 * end, K + 0 * end
+    if end - begin > K:  # else all are picked
+        for digit in tl.static_range(4):
+            shift = 24 - 8 * digit
+            counts = tl.zeros((256,), dtype=tl.int32)
+            for s in range(begin, end, BLOCK_S):
+                inside = s + place < end
+                x = ordered(scores, s + place, inside)
+                if digit > 0:
+                    inside = inside & ((x >> (shift + 8)) == (least >> (shift + 8)))
+                counts += tl.histogram(((x >> shift) & 255).to(tl.int32), 256, mask=inside)
+            at_least = tl.cumsum(counts, 0, reverse=True)
+            found = tl.max(tl.where(at_least >= wanted, bins, 0), 0)
+            wanted -= tl.sum(tl.where(bins > found, counts, 0), 0)
+            equal = tl.sum(tl.where(bins == found, counts, 0), 0)
+            least = least | (found.to(tl.uint32) << shift)
 
     written, passed = 0, wanted - equal  # of those equal, so many have yet to be passed by as it is below 0
     for s in range(begin, end, BLOCK_S):

@@ -18,19 +18,13 @@ from kernels.common.launch import (
     precision_for,
 )
 from kernels.indexer import triton_kernels as kernels
-from kernels.indexer.blocks import count_flops
+from kernels.indexer.blocks import count_flops, queries_at_once
 from kernels.indexer.ranges import visible_ranges
 
 LARGEST_HEAD = 256
 MOST_HEADS = 128
-SCORES = 1 << 23  # of a block of queries, in float32: 32 MiB, which the cache of a large GPU holds
 LARGEST_TILE = {torch.float32: (64, 32)}  # keys and dimensions at a time, of a product in three parts
 SELECT_BLOCK, SELECT_WARPS = 2048, 8  # scores that a program selects from at a time
-
-
-def queries_at_once(B: int, T: int, S: int, multiple: int) -> int:
-    """Return how many queries of each sequence have their scores in memory: whole tiles of queries, at least one."""
-    return min(T, max(1, SCORES // (B * S * multiple)) * multiple)
 
 
 @torch.library.custom_op("archipelago::lightning_indexer", mutates_args=())

@@ -115,9 +115,7 @@ def test_triton_takes_long_rows_many_heads_and_half_precision(T, keys, sizes, dt
 @slow_in_the_interpreter
 @on_triton
 def test_triton_goes_through_several_blocks_of_queries(triton_device, monkeypatch):
-    from kernels.indexer import triton_operators
-
-    monkeypatch.setattr(triton_operators, "SCORES", 1)  # one tile of queries at a time, the last of them not whole
+    monkeypatch.setattr(blocks, "SCORES", 1)  # one tile of queries at a time, the last of them not whole
     inputs = on(triton_device, with_ties(35, batch=1))
     got = lightning_indexer(**inputs, topk=5, backend="triton")
     assert torch.equal(got.cpu(), lightning_indexer(**with_ties(35, batch=1), topk=5, backend="reference"))
@@ -234,6 +232,15 @@ def test_flops_are_those_of_the_visible_pairs(causal):
     assert counter.get_total_flops() == 2 * lightning_indexer_flops(37, 60, 3, 8, causal)
     unseen = 2 * 2 * 3 * 8 * (37 * 36 // 2) if causal else 0
     assert every_pair.get_total_flops() - unseen == counter.get_total_flops()
+
+
+@on_triton
+def test_flops_of_the_triton_operator_are_counted(triton_device):
+    inputs = on(triton_device, problem(2, keys=9, batch=1))
+    lightning_indexer(**inputs, topk=4, backend="triton")  # a counter knows the operators that were there before it
+    with FlopCounterMode(display=False) as counter:
+        lightning_indexer(**inputs, topk=4, backend="triton")
+    assert counter.get_total_flops() == lightning_indexer_flops(2, 9, 3, 8)
 
 
 @slow_in_the_interpreter
