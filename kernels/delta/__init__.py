@@ -48,8 +48,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Return S_t = e^{g_t} S_{t-1} + k_t (beta_t (v_t - e^{g_t} S_{t-1}^T k_t))^T;  o_t = scale * S_t^T q_t.
 
-    It is the case a = beta k, u = beta v of `kernels.delta_rule`, which also takes gates per channel, other read keys
-    or none, and several writes per token. Without g it is the delta rule of DeltaNet.
+    It is the case of `kernels.delta_rule` with write keys beta k and read keys k; that one also takes gates per
+    channel, other read keys or none, and several writes per token. Without g it is the delta rule of DeltaNet.
 
     Args:
         q, k: [B, T, H, K]; the caller normalises them where the architecture asks for it, or sets use_qk_l2norm.

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks: the delta rule with read keys beta k and values beta v.
+"""The gated delta rule in chunks: the delta rule with write keys beta k and read keys k.
 
 Shape letters: B sequences, T tokens, H key heads of K dimensions, HV value heads of V dimensions.
 """
@@ -13,12 +13,9 @@ def gated_delta_rule_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Return o and the final state, shapes as in `gated_delta_rule`; computes in the dtype of the initial state."""
     dtype, H = initial_state.dtype, k.shape[2]
-    beta = beta.to(dtype)
-    a = (k.to(dtype)[:, :, :, None] * beta.unflatten(2, (H, -1))[..., None]).flatten(2, 3)
-    u = v.to(dtype) * beta[..., None]
-    k, a, u = (x[:, :, None] for x in (k, a, u))
-    o, final_state = delta_rule_chunked(q, k, a, u, g[..., None], initial_state, scale)
-    return o.to(v.dtype), final_state
+    write_keys = (k.to(dtype)[:, :, :, None] * beta.to(dtype).unflatten(2, (H, -1))[..., None]).flatten(2, 3)
+    write_keys, read_keys, v = (x[:, :, None] for x in (write_keys, k, v))
+    return delta_rule_chunked(q, write_keys, read_keys, v, g[..., None], initial_state, scale)
 
 
 def gated_delta_rule_flops(T: int, value_heads: int, K: int, V: int) -> int:
