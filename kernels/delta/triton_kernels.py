@@ -238,10 +238,23 @@ def state_gradients_kernel(
 
 
 @triton.jit
-def without_length(dx, x, factor):
-    """Return the gradient of rows x from dx [C, K], that of factor x, where factor is that of `norm_factor`."""
-    unit = x * factor[:, None]
-    return (dx - unit * tl.sum(unit * dx, 1)[:, None]) * factor[:, None]
+def unit_tokens(x, norms, at, end, ROW: tl.constexpr, H, h, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr):
+    """Return queries or keys [C, BLOCK_K] in float32, divided by their norms where there are some."""
+    x_CK = tokens(x, at, end, ROW, h, K, BLOCK_K, 0, C).to(tl.float32)
+    if norms is not None:
+        x_CK *= numbers(norms, at, end, H, h, C)[:, None]
+    return x_CK
+
+
+@triton.jit
+def put_unit_gradient(
+    d_CK, x, norms, dx, at, end, ROW: tl.constexpr, H, h, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr
+):
+    """Store the gradient of x from that of its `unit_tokens`."""
+    if norms is not None:
+        x_CK = unit_tokens(x, norms, at, end, ROW, H, h, K, BLOCK_K, C)
+        d_CK = (d_CK - x_CK * tl.sum(x_CK * d_CK, 1)[:, None]) * numbers(norms, at, end, H, h, C)[:, None]
+    put_tokens(d_CK, dx, at, end, H * K, h, K, BLOCK_K, 0, C)
 
 
 @triton.jit(do_not_specialize=["HV", "H", "length", "sequences", "scale"])
@@ -261,9 +274,8 @@ def gradients_kernel(
     i = tl.arange(0, C)
     inside = at + i < end
     gate_at = (at + i).to(tl.int64) * HV
-    q_CK = tokens(q, at, end, ROW_Q, h, K, BLOCK_K, 0, C).to(dtype)
-    k_CK = tokens(k, at, end, ROW_K, h, K, BLOCK_K, 0, C).to(dtype)
-    of_q, of_k = numbers(q_norms, at, end, H, h, C), numbers(k_norms, at, end, H, h, C)
+    q_CK = unit_tokens(q, q_norms, at, end, ROW_Q, H, h, K, BLOCK_K, C).to(dtype)
+    k_CK = unit_tokens(k, k_norms, at, end, ROW_K, H, h, K, BLOCK_K, C).to(dtype)
     # The gradients of queries and of keys one after the other: registers do not hold both. What is the same for all
     # heads is not kept in registers either.
     d_KC = tl.zeros((BLOCK_K, C), dtype=tl.float32)
@@ -280,14 +292,11 @@ def gradients_kernel(
             q_dq += tl.sum(do_CV * product(q_CK, S, PRECISION), 1)
             d_KC += product(S, tl.trans(do_CV.to(dtype)), PRECISION)
         dscores *= decay_between(G, False, C) * scale
-        d_KC += product(tl.trans(k_CK), tl.trans((dscores * of_k[None]).to(dtype)), PRECISION)
-        dscores *= product(q_CK, tl.trans(k_CK), PRECISION) * (of_q[:, None] * of_k[None])
-        dgate = through_pairs(dscores, C) + through_ends(q_dq * of_q, tl.zeros_like(q_dq), C)
+        d_KC += product(tl.trans(k_CK), tl.trans(dscores.to(dtype)), PRECISION)
+        dscores *= product(q_CK, tl.trans(k_CK), PRECISION)
+        dgate = through_pairs(dscores, C) + tl.cumsum(q_dq, 0, reverse=True)
         tl.store(dg + gate_at + hv, dgate, mask=inside)
-    d_CK = tl.trans(d_KC)
-    if q_norms is not None:
-        d_CK = without_length(d_CK, q_CK.to(tl.float32), of_q)
-    put_tokens(d_CK, dq, at, end, H * K, h, K, BLOCK_K, 0, C)
+    put_unit_gradient(tl.trans(d_KC), q, q_norms, dq, at, end, ROW_Q, H, h, K, BLOCK_K, C)
     tl.debug_barrier()  # dg is read again
 
     d_KC = tl.zeros((BLOCK_K, C), dtype=tl.float32)
@@ -319,15 +328,15 @@ def gradients_kernel(
             k_dkS += tl.sum(dr_CV * product(k_CK, S, PRECISION), 1)
             d_KC += product(S, tl.trans((dr_CV * -b[:, None]).to(dtype)), PRECISION)
         decays = decay_between(G, False, C)
-        dscores *= decays * (scale * of_q)[:, None]
+        dscores *= decays * scale
         d_KC += product(tl.trans(q_CK), dscores.to(dtype), PRECISION)
         # d(inverse) = -inverse dA inverse, so that the gradient of A is -dr v'^T.
         dA = tl.where(i[:, None] > i[None], -dA * decays, 0.0)
-        d_KC += product(tl.trans(k_CK), tl.trans((dA * b[:, None] * of_k[None]).to(dtype)), PRECISION)
-        d_KC += product(tl.trans(k_CK), (dA * (b * of_k)[:, None]).to(dtype), PRECISION)
-        dA *= product(k_CK, tl.trans(k_CK), PRECISION) * (of_k[:, None] * of_k[None])
-        db += tl.sum(dA, 1) - k_dkS * of_k
-        dgate = through_pairs(dA * b[:, None], C) + through_ends(-k_dkS * b * of_k, k_dk * of_k, C)
+        d_KC += product(tl.trans(k_CK), tl.trans((dA * b[:, None]).to(dtype)), PRECISION)
+        d_KC += product(tl.trans(k_CK), (dA * b[:, None]).to(dtype), PRECISION)
+        dA *= product(k_CK, tl.trans(k_CK), PRECISION)
+        db += tl.sum(dA, 1) - k_dkS
+        dgate = through_pairs(dA * b[:, None], C) + through_ends(-k_dkS * b, k_dk, C)
         dgate += tl.load(dg + gate_at + hv, mask=inside, other=0.0) + kept * carry
         if A_log is not None:
             rate = tl.exp(tl.load(A_log + hv).to(tl.float32))
@@ -338,10 +347,7 @@ def gradients_kernel(
             tl.store(dgates + (slot.to(tl.int64) * 2 + 1) * HV + hv, tl.sum(dgate, 0))
         tl.store(dg + gate_at + hv, dgate, mask=inside)
         tl.store(dbeta + gate_at + hv, db.to(dbeta.dtype.element_ty), mask=inside)
-    d_CK = tl.trans(d_KC)
-    if q_norms is not None:
-        d_CK = without_length(d_CK, k_CK.to(tl.float32), of_k)
-    put_tokens(d_CK, dk, at, end, H * K, h, K, BLOCK_K, 0, C)
+    put_unit_gradient(tl.trans(d_KC), k, k_norms, dk, at, end, ROW_K, H, h, K, BLOCK_K, C)
 
 
 @triton.jit(do_not_specialize=["T", "HV", "H", "scale"])
