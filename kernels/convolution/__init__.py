@@ -65,12 +65,12 @@ def causal_conv1d(
         raise ValueError(f"unknown activation {activation!r} for causal_conv1d: choose 'silu' or None")
     backend = refuse_transforms("causal_conv1d", backend, x, weight, bias, initial_state)
     backend = choose_backend(OPERATION, backend, [*BACKENDS, "triton"], "torch", x, channels=8, taps=W)
-    if initial_state is None:
-        initial_state = x.new_zeros(N, W - 1, C)
     if backend == "triton" and x.numel():
         from kernels.convolution.triton_operators import causal_conv1d_triton
 
         return causal_conv1d_triton(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+    if initial_state is None:
+        initial_state = x.new_zeros(N, W - 1, C)
 
     def run(x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         convolved = causal_conv1d_reference if backend == "reference" else causal_conv1d_depthwise

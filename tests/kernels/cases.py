@@ -63,7 +63,7 @@ DELTA = Case(
 SSD = Case(
     state_space.OPERATION,
     {"heads": 1, "groups": 1, "head_dim": 16, "state_size": 32},
-    64,
+    128,
     "initial_states",
     {"return_final_states": True},
     lambda T, heads, groups, head_dim, state_size: ssd_flops(T, heads, groups, head_dim, state_size),
@@ -71,7 +71,7 @@ SSD = Case(
 CONVOLUTION = Case(
     convolution.OPERATION,
     {"channels": 6, "taps": 4},
-    16,
+    64,
     "initial_state",
     {},
     lambda T, channels, taps: causal_conv1d_flops(T, channels, taps),

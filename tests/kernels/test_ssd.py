@@ -1,5 +1,6 @@
 """The state space dual form's own options and extremes, against the recurrence in float64."""
 
+import math
 import sys
 from types import ModuleType
 
@@ -241,3 +242,71 @@ def test_it_and_the_short_convolution_compile_without_a_break():
     results = [torch.autograd.grad(f(**leaves), leaves.values()) for f in (loss, torch.compile(loss, fullgraph=True))]
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("gate", [-math.inf, -1e30, -300.0])
+def test_a_gate_that_resets_leaves_what_follows_it_right_and_no_nan(triton_device, backend, gate):
+    """The sums of what follows would drown beside the gate's own."""
+    inputs = in_single(problem(70, batch=1) | {"dt": None, "A": -torch.rand(1, 70, 4) / 8})
+    inputs["A"][:, 40] = gate
+    inputs = {name: x if x is None else x.to(triton_device) for name, x in inputs.items()}
+    parts = [SSD.part(inputs, slice(*at), torch.zeros_like(inputs["initial_states"])) for at in ((40, 70),)]
+    (y, state), (rest, end) = (ssd(**part, return_final_states=True, backend=backend) for part in (inputs, *parts))
+    torch.testing.assert_close(y[:, 40:], rest, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, end, rtol=1e-5, atol=1e-5)
+    assert all(x.isfinite().all() for x in run(SSD, inputs, backend, triton_device).values())
+
+
+@pytest.mark.thorough
+@on_triton
+def test_in_triton_a_later_decay_changes_no_earlier_output_by_a_bit(triton_device):
+    inputs = in_single(problem(140, batch=1, groups=1) | {"dt": None, "A": -torch.rand(1, 140, 4)})
+    inputs = {name: x if x is None else x.to(triton_device) for name, x in inputs.items()}
+    plain, _ = ssd(**inputs, backend="triton")
+    inputs["A"] = inputs["A"].clone()
+    inputs["A"][:, 100] = -50.0
+    changed, _ = ssd(**inputs, backend="triton")
+    assert torch.equal(plain[:, :100], changed[:, :100]) and not torch.equal(plain[:, 100], changed[:, 100])
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_takes_more_heads_than_a_program_and_streams_cut_out_of_a_wider_one(triton_device, dtype):
+    """Twenty heads of a group are two parts forward and backward; x, B and C lie side by side, as the convolution
+    leaves them."""
+    inputs = problem(70, batch=1, heads=20, groups=1, head_dim=16)
+    assert_triton_is_right(SSD, triton_device, inputs, dtype)
+    single = {name: x.to(triton_device) for name, x in in_single(inputs).items()}
+    names = ("x", "B", "C")
+    wide = torch.cat([single[name].flatten(2) for name in names], -1).split([320, 16, 16], -1)
+    cut = {name: t.unflatten(-1, single[name].shape[2:]) for name, t in zip(names, wide, strict=True)}
+    got, expected = (ssd(**single | change, backend="triton")[0] for change in (cut, {}))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.thorough
+@on_triton
+def test_without_a_state_or_its_gradient_triton_makes_none(triton_device):
+    """And where only the final state is differentiated, the outputs count for nothing."""
+    inputs = {name: x.to(triton_device) for name, x in in_single(problem(20, batch=1)).items() if name != "z"}
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "initial_states"}
+    for pick in (0, 1):
+        results = []
+        for backend in ("torch", "triton"):
+            found = ssd(**leaves, return_final_states=True, backend=backend)[pick]
+            results.append(torch.autograd.grad(found.square().sum(), leaves.values(), allow_unused=pick == 1))
+        for expected, got in zip(*results, strict=True):
+            wanted = torch.zeros_like(got) if expected is None else expected
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.thorough
+@on_triton
+def test_states_too_wide_for_triton_are_refused(triton_device):
+    inputs = {name: x.to(triton_device) for name, x in in_single(problem(20, batch=1, state_size=257)).items()}
+    with pytest.raises(ValueError, match="257 numbers per channel: the Triton kernels take up to 256"):
+        ssd(**inputs, backend="triton")
