@@ -186,10 +186,9 @@ class Alibi:
     and key s. The slopes are 2^(-8 h / heads) for h = 1 .. heads, the paper's rule for powers of two, for any
     number."""
 
-    def bias(self, distance_TS: Tensor, heads: int) -> Tensor:
-        """Biases [heads, T, S], float32, of distances t - s [T, S]."""
-        slopes_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=distance_TS.device) / heads)
-        return -slopes_H[:, None, None] * distance_TS.abs()
+    def slopes(self, heads: int, device: torch.device) -> Tensor:
+        """Slope of each head, float32 [heads]."""
+        return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 
 
 def _check_factor(factor: float) -> None:

@@ -1,6 +1,7 @@
 """The visibility of tokens: the ones that each may look at.
 
-Shape letters: B sequences, T tokens of queries, S tokens of keys, L tokens of one copy of a sequence, N documents.
+Shape letters: B sequences, T tokens of queries, S tokens of keys, L tokens of one copy of a sequence, N documents, R
+runs of keys that lie side by side.
 """
 
 from __future__ import annotations
@@ -112,6 +113,36 @@ class Visibility:
             same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
             seen = same if seen is None else seen & same
         return seen
+
+    def runs(
+        self, T: int, window: int | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The pairs of `visible` where no state is continued, as numbers per query: begins and ends [R, B, T] or [R, 1,
+        T] of the runs of keys that it sees, as `kernels.attention` takes them. None where the kind and the window alone
+        say it."""
+        if self.starts_BL is None and self.kind is not Kind.BLOCK_CAUSAL:
+            return None
+        L = T // self.copies
+        place_L = torch.arange(L, device=device)
+        starts_BL = place_L[None] == 0 if self.starts_BL is None else self.starts_BL
+        first_BL = torch.where(starts_BL, place_L, 0).cummax(1).values
+        # The next document's first token, read from behind.
+        next_BL = torch.where(starts_BL, place_L, L).roll(-1, 1).index_fill(1, place_L[-1:], L)
+        end_BL = next_BL.flip(1).cummin(1).values.flip(1)
+        if self.kind is Kind.BLOCK_CAUSAL:
+            block_BL = first_BL + (place_L - first_BL) // self.block_size * self.block_size
+            after_BL = torch.minimum(block_BL + self.block_size, end_BL)
+            noised = (block_BL, after_BL), (L + first_BL, L + block_BL)
+            clean = (block_BL, block_BL), (L + first_BL, L + after_BL)
+            begins, ends = (
+                torch.stack([torch.cat([n[i], c[i]], dim=1) for n, c in zip(noised, clean, strict=True)])
+                for i in (0, 1)
+            )
+            return begins, ends
+        reach = L if window is None else window
+        begin_BL = torch.maximum(first_BL, place_L - reach + 1)
+        last_BL = place_L + 1 if self.kind is Kind.CAUSAL else place_L + reach
+        return begin_BL[None], torch.minimum(end_BL, last_BL)[None]
 
     def _visible_blocks(self, L: int, device: torch.device | None) -> Tensor:
         block_L = self.positions(2 * L, device=device)[..., :L] // self.block_size

@@ -12,7 +12,9 @@ The face of the package is the functions below. One folder per operation, all wi
                          the fast path is registered too)
     problems.py          random problems for trials, tests and benchmarks
 
-The delta rule of `fast_weights/` has no Triton kernels yet; its case `delta/` has.
+The delta rule of `fast_weights/` has no Triton kernels yet; its case `delta/` has. Attention has no kernels of ours for
+GPUs but paths through PyTorch's own: `block_rows.py` is its fast path on a CPU, `fused.py` what it takes of PyTorch,
+`pairs.py` which key each query sees.
 
 `common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
 Triton kernels with their block sizes, and Triton functions on tiles. A new operation is a folder with these files,
@@ -32,10 +34,13 @@ from kernels.indexer import (
     lightning_indexer_loss,
     lightning_indexer_loss_flops,
 )
+from kernels.softmax_attention import attention, attention_flops
 from kernels.sparse import sparse_attention, sparse_attention_flops
 from kernels.state_space import ssd, ssd_flops
 
 __all__ = [
+    "attention",
+    "attention_flops",
     "causal_conv1d",
     "causal_conv1d_flops",
     "check_boundaries",

@@ -44,7 +44,7 @@ def choose_backend(
             taken, why = "torch", "Triton's kernels were not right here"
             if triton_is_right(operation, x.dtype, str(x.device), tuple(sizes.items())):
                 taken, why = "triton", f"its kernels were right on {x.device} when tried against the recurrence"
-        _say(operation.name, taken, why)
+        say(operation.name, taken, why)
         return taken
     if backend not in backends:
         raise ValueError(f"unknown backend {backend!r} for {operation.name}: choose from auto, {', '.join(backends)}")
@@ -73,7 +73,7 @@ def refuse_transforms(operation: str, backend: str, *tensors: Tensor | None) -> 
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs it and does not look inside
-def _say(operation: str, taken: str, why: str) -> None:
+def say(operation: str, taken: str, why: str) -> None:
     if (operation, taken, why) not in said:
         said.add((operation, taken, why))
         log.info("%s runs on backend %r: %s", operation, taken, why)

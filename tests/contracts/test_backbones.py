@@ -229,7 +229,7 @@ COUNTED = {
 }
 FREE = {  # data movement, and elementwise or reducing work of order one FLOP per element
     "_embedding_bag", "_fused_rms_norm", "_log_softmax", "_safe_softmax", "_softmax", "_to_copy", "_unsafe_view",
-    "abs", "add", "add_", "addcmul", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clamp_",
+    "abs", "add", "add_", "addcmul", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clamp_",
     "clone", "constant_pad_nd", "copy_", "cos", "cumsum", "detach", "div", "div_", "embedding", "empty_like", "eq",
     "exp", "exp_", "expand", "flip", "floor_divide", "gather", "ge", "gelu", "gt", "index_put_", "index_select",
     "isneginf", "le", "log1p", "lt", "masked_fill", "mT", "masked_fill_", "mean", "mul", "native_layer_norm", "neg",
