@@ -229,14 +229,14 @@ COUNTED = {
 }
 FREE = {  # data movement, and elementwise or reducing work of order one FLOP per element
     "_embedding_bag", "_fused_rms_norm", "_log_softmax", "_safe_softmax", "_softmax", "_to_copy", "_unsafe_view",
-    "abs", "add", "add_", "addcmul", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp", "clamp_",
-    "clone", "constant_pad_nd", "copy_", "cos", "cumsum", "detach", "div", "div_", "embedding", "empty_like", "eq",
-    "exp", "exp_", "expand", "flip", "floor_divide", "gather", "ge", "gelu", "gt", "index_put_", "index_select",
-    "isneginf", "le", "log1p", "lt", "masked_fill", "mT", "masked_fill_", "mean", "mul", "native_layer_norm", "neg",
-    "new_empty", "new_zeros", "ones", "ones_like", "permute", "pow", "promote_types", "relu", "remainder", "repeat",
-    "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select", "sigmoid", "silu", "sin", "slice",
-    "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sub_", "sum", "t", "topk", "transpose", "tril",
-    "unbind", "unfold", "unsqueeze", "view", "where", "xlogy", "zeros", "zeros_like",
+    "abs", "add", "add_", "addcmul", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "clamp",
+    "clamp_", "clone", "constant_pad_nd", "copy_", "cos", "cumsum", "detach", "div", "div_", "embedding",
+    "empty_like", "eq", "exp", "exp_", "expand", "flip", "floor_divide", "gather", "ge", "gelu", "gt", "index_put_",
+    "index_select", "isneginf", "le", "log1p", "lt", "masked_fill", "masked_fill_", "mean", "mT", "mul",
+    "native_layer_norm", "neg", "new_empty", "new_zeros", "ones", "ones_like", "permute", "pow", "promote_types",
+    "relu", "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select", "sigmoid",
+    "silu", "sin", "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sub_", "sum", "t",
+    "topk", "transpose", "tril", "unbind", "unfold", "unsqueeze", "view", "where", "xlogy", "zeros", "zeros_like",
 }  # fmt: skip
 
 
