@@ -89,7 +89,7 @@ def backend_for_transforms(operation: Operation, backend: str) -> str:
     if backend == "reference" or not transforms_are_active():
         return backend
     if backend == "auto":
-        _say(operation.name, "reference", "transforms of torch.func and forward-mode derivatives know no other")
+        say(operation.name, "reference", "transforms of torch.func and forward-mode derivatives know no other")
         return "reference"
     raise ValueError(
         f"backend {backend!r} of {operation.name} knows no transforms of torch.func (grad, jvp, vmap) and no "

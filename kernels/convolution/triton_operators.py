@@ -60,9 +60,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, of the initial states (empty where there are none), and in float32 of the taps and the
     bias [W + 1, C]. dy and dfinal are contiguous."""
-    x, (C, W) = _rows(x), weight.shape
-    rows = block_sizes("causal_conv1d", ANY_SIZE, x).rows
-    parts = torch.empty(slot_count(*x.shape[:2], cu_seqlens, rows), W + 1, C, dtype=torch.float32, device=x.device)
+    x, (B, T, C), W = _rows(x), x.shape, weight.shape[1]
+    slots = slot_count(B, T, cu_seqlens, block_sizes("causal_conv1d", ANY_SIZE, x).rows)
+    parts = torch.empty(slots, W + 1, C, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dstate = x.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     _launch(
