@@ -44,7 +44,7 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
     "gated_delta_rule": {
         (8, 0): {
             64: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=8, stages=2),
-            128: BlockSizes(rows=16, columns=32, forward_warps=4, backward_warps=8, stages=1),
+            128: BlockSizes(rows=16, columns=32, forward_warps=8, backward_warps=8, stages=2),
             256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
         (9, 0): {
@@ -52,10 +52,9 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             128: BlockSizes(rows=16, columns=32, forward_warps=4, backward_warps=8, stages=2),
             256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
-        # Triton 3.7 fails on these kernels in the tensor memory of Blackwell, which two warps do not use.
         (10, 0): {
-            64: BlockSizes(rows=32, columns=32, forward_warps=2, backward_warps=2, stages=2),
-            128: BlockSizes(rows=16, columns=16, forward_warps=2, backward_warps=2, stages=2),
+            64: BlockSizes(rows=32, columns=32, forward_warps=8, backward_warps=8, stages=2),
+            128: BlockSizes(rows=16, columns=32, forward_warps=8, backward_warps=8, stages=2),
             256: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
         },
     },

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import gated_delta_rule, gated_delta_rule_flops
-from tests.kernels.cases import DELTA, assert_equal, assert_triton_is_right, run
+from tests.kernels.cases import DELTA, assert_equal, assert_triton_is_right, assert_within_twice, run
 
 slow = pytest.mark.slow
 on_triton = pytest.mark.usefixtures("triton_device", "poisoned")
@@ -152,6 +153,109 @@ def test_the_fused_gate_and_norm_are_what_a_caller_would_compute(triton_device):
     o, _ = gated_delta_rule(q, k, inputs["v"], g, inputs["beta"], initial_state=inputs["initial_state"])
     torch.testing.assert_close(truth["y"], o, rtol=1e-5, atol=1e-5)  # 1e-6 is added under the root
     assert_triton_is_right(DELTA, triton_device, inputs, use_qk_l2norm=True)
+
+
+def on(device, inputs):
+    return {name: x.to(device, torch.float32) for name, x in inputs.items()}
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("reset", [-torch.inf, -1e30, -1e5])
+def test_in_triton_a_reset_forgets_and_what_follows_it_is_exact(triton_device, reset):
+    """Also of two gates that follow each other, at the first token and at the border of two chunks."""
+    inputs = DELTA.problem(130)
+    inputs["g"][:, [0, 20, 21, 64, 100]] = -200.0
+    truth = run(DELTA, inputs, "reference")
+    plain = [run(DELTA, inputs, "reference", dtype=torch.float32)]
+    inputs["g"][:, [0, 20, 21, 64, 100]] = reset
+    assert_within_twice(run(DELTA, inputs, "triton", triton_device, torch.float32), plain, truth)
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("gate", [-torch.inf, 0.0, -3.0])
+def test_in_triton_a_later_gate_leaves_an_output_bit_for_bit(triton_device, gate):
+    inputs = on(triton_device, DELTA.problem(80))
+    before, _ = gated_delta_rule(**inputs, backend="triton")
+    inputs["g"][:, 41] = gate
+    after, _ = gated_delta_rule(**inputs, backend="triton")
+    assert torch.equal(before[:, :41], after[:, :41]) and not torch.equal(before[:, 41:], after[:, 41:])
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("which", [0, 1], ids=["outputs", "final state"])
+def test_in_triton_gradients_of_outputs_alone_or_of_the_final_state_alone(triton_device, which):
+    grads = []
+    for backend in ("torch", "triton"):
+        leaves = {name: x.requires_grad_() for name, x in on(triton_device, DELTA.problem(70)).items()}
+        found = gated_delta_rule(**leaves, output_final_state=True, backend=backend)[which]
+        grads.append(torch.autograd.grad(found.square().sum(), leaves.values()))
+    for plain, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
+
+
+class Zeros(TorchDispatchMode):
+    """Notes how many zeros are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        if "zero" in func.__name__:
+            self.made.append(found.numel())
+        return found
+
+
+@pytest.mark.thorough
+@on_triton
+def test_in_triton_no_zeros_stand_for_a_state_or_a_gradient_that_is_not_there(triton_device):
+    inputs = {name: x.requires_grad_() for name, x in on(triton_device, DELTA.problem(70)).items()}
+    with Zeros() as zeros:
+        gated_delta_rule(**inputs | {"initial_state": None}, backend="triton")[0].sum().backward()
+    assert not any(zeros.made)
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("T", [1, 70])
+def test_triton_reads_parts_of_wider_rows_in_place(triton_device, T):
+    """As a model hands over the parts of one projection."""
+    inputs = on(triton_device, DELTA.problem(T, batch=2))
+    wide = torch.cat([inputs[name].flatten(2) for name in ("q", "k", "v")], -1)
+    parts = wide.split([inputs[name][0, 0].numel() for name in ("q", "k", "v")], -1)
+    views = {n: part.view(inputs[n].shape) for n, part in zip(("q", "k", "v"), parts, strict=True)}
+    apart, _ = gated_delta_rule(**inputs, backend="triton")
+    in_place, _ = gated_delta_rule(**inputs | views, backend="triton")
+    assert not views["q"].is_contiguous() and torch.equal(apart, in_place)
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("T", [5, 70])
+def test_in_triton_packed_sequences_share_the_fused_gate_and_norm(triton_device, T):
+    lengths = [3, T, 0, 65]
+    inputs = DELTA.problem(sum(lengths), heads=2) | {
+        "initial_state": DELTA.problem(1, batch=4, heads=2)["initial_state"]
+    }
+    rng = torch.Generator().manual_seed(0)
+    inputs |= {name: torch.randn(2, generator=rng, dtype=torch.float64) for name in ("A_log", "dt_bias")}
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    assert_triton_is_right(DELTA, triton_device, inputs, use_qk_l2norm=True, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.thorough
+@on_triton
+@pytest.mark.parametrize("T", [1, 3])
+def test_the_fused_gate_and_norm_are_taken_in_decoding_too(triton_device, T):
+    inputs = DELTA.problem(T, heads=2) | {"A_log": torch.tensor([0.3, -0.5]), "dt_bias": torch.tensor([-20.0, 1.0])}
+    inputs = on(triton_device, inputs)
+    options = {"use_qk_l2norm": True, "output_final_state": True}
+    got, truth = (gated_delta_rule(**inputs, **options, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-6)
 
 
 @on_triton
