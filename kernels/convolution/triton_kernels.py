@@ -74,7 +74,7 @@ def forward_kernel(
     for k in tl.static_range(W - 1):
         kept = k - (end - start)
         set_row(final, n * (W - 1) + kept, C, columns, window[k], exist & (begin == start) & (kept >= 0))
-    for first in range(0, BLOCK_T, AT_ONCE):
+    for first in range(0, tl.minimum(BLOCK_T, end - begin), AT_ONCE):
         loaded = ()
         for r in tl.static_range(AT_ONCE):
             at = begin + first + r
@@ -108,7 +108,7 @@ def backward_kernel(
         sums = sums + (tl.zeros((BLOCK_C,), tl.float32),)
         if w > 0:
             gradients = gradients + (tl.zeros((BLOCK_C,), tl.float32),)
-    for first in range(0, BLOCK_T + W - 1, AT_ONCE):
+    for first in range(0, tl.maximum(tl.minimum(BLOCK_T, end - begin), 0) + W - 1, AT_ONCE):
         loaded, given = (), ()
         for r in tl.static_range(AT_ONCE):
             at = begin + first + r
