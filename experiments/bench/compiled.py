@@ -131,8 +131,8 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
             {"heads": 2, "groups": 1, "head_dim": size // 2, "state_size": size},
             [{}, {"D": None}],
         ),
-        (sparse.OPERATION, {"heads": 8, "kv_heads": 1, "head_dim": size}, [{}]),
-        (sparse.LATENT_OPERATION, {"heads": 128, "head_dim": 576, "value_dim": 512}, [{}]),
+        (sparse.OPERATION, {"heads": 8, "kv_heads": 1, "head_dim": size, "picked": 64}, [{}]),
+        (sparse.LATENT_OPERATION, {"heads": 128, "head_dim": 576, "value_dim": 512, "picked": 64}, [{}]),
         (grouped.OPERATION, {"experts": 3, "width": size, "outputs": 2 * size}, [{}, many_rows]),
     ):
         for change in changes:  # without D, y is in the dtype of x

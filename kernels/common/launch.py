@@ -89,6 +89,13 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             256: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=8, stages=2),
             ANY_SIZE: BlockSizes(rows=64, columns=32, forward_warps=8, backward_warps=8, stages=2),
         },
+        # 64 rows of 576 would fill the shared memory with what goes to the tensor memory of Blackwell.
+        (10, 0): {
+            64: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=3),
+            128: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=4, stages=3),
+            256: BlockSizes(rows=64, columns=64, forward_warps=4, backward_warps=8, stages=2),
+            ANY_SIZE: BlockSizes(rows=32, columns=32, forward_warps=8, backward_warps=8, stages=2),
+        },
     },
     # Channels of a state, and numbers per channel.
     "ssd": {

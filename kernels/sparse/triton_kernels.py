@@ -4,12 +4,11 @@ gathers the keys of the query once for all of them. Sums are in float32.
 The gradients of keys and values are summed without atomics. A pair of a query and a key first gets a row of its own,
 summed over the heads of the group; then a program per key adds up the rows of its pairs, which have been sorted by key.
 
-A key has two parts of A and B numbers, whose blocks are powers of two: where values are the beginning of their keys
-(SHARED), the first part is the value.
+A key has three parts of A, B and C numbers, whose blocks are powers of two. Where values are the beginning of their
+keys (SHARED) they are the first part, or with the second one: of larger accumulators ptxas spills registers.
 
-Shape letters: H heads, G key-value heads, D and V dimensions of keys and values, A and B of the parts of a key, S keys
-of a sequence, T queries of one, K indices of a query; M heads and N keys of a block, C columns of one; W of a row of
-the gradients.
+Shape letters: H heads, G key-value heads, D and V dimensions of keys and values, A, B and C of the parts of a key, S
+keys of a sequence, T queries of one, K indices of a query; M heads and N keys of a block; W of a row of the gradients.
 """
 
 import triton
@@ -69,22 +68,28 @@ def keys_at(indices, query, start, T, S, G, K, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "S"])
 def forward_kernel(
     q, k, v, indices, out, lse, T, S, H, G, K, scale, SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
     heads, real = heads_of(query, H, G, BLOCK_M)
     qa = part(q, heads, real, D, 0, A, BLOCK_A)
     qb = part(q, heads, real, D, A, B, BLOCK_B) if B else qa
+    qc = part(q, heads, real, D, A + B, C, BLOCK_C) if C else qa
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    found = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    found = tl.zeros((BLOCK_M, BLOCK_A if SHARED else BLOCK_V), tl.float32)
+    more = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
     for start in range(0, last_index(indices, query, S, K, BLOCK_K), BLOCK_N):
         rows, exist = keys_at(indices, query, start, T, S, G, K, BLOCK_N)
         ka = part(k, rows, exist, D, 0, A, BLOCK_A)
+        kb = part(k, rows, exist, D, A, B, BLOCK_B) if B else ka
         scores = product(qa, tl.trans(ka), PRECISION)
         if B:
-            scores += product(qb, tl.trans(part(k, rows, exist, D, A, B, BLOCK_B)), PRECISION)
+            scores += product(qb, tl.trans(kb), PRECISION)
+        if C:
+            scores += product(qc, tl.trans(part(k, rows, exist, D, A + B, C, BLOCK_C)), PRECISION)
         scores = tl.where(exist[None], scores * (scale * LOG2_E), float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -92,53 +97,84 @@ def forward_kernel(
         total = total * kept + tl.sum(p, 1)
         values = ka if SHARED else part(v, rows, exist, V, 0, V, BLOCK_V)
         found = found * kept[:, None] + product(p.to(values.dtype), values, PRECISION)
+        if SHARED and B:
+            more = more * kept[:, None] + product(p.to(kb.dtype), kb, PRECISION)
         highest = higher
     some = total > 0
-    put_part(found / tl.where(some, total, 1.0)[:, None], out, heads, real, V, 0, V, BLOCK_V)
-    logarithm = (highest + tl.log2(tl.where(some, total, 1.0))) / LOG2_E
-    tl.store(lse + heads, tl.where(some, logarithm, float("-inf")), mask=real)
+    norm = tl.where(some, total, 1.0)
+    if SHARED:
+        put_part(found / norm[:, None], out, heads, real, V, 0, A, BLOCK_A)
+        if B:
+            put_part(more / norm[:, None], out, heads, real, V, A, B, BLOCK_B)
+    else:
+        put_part(found / norm[:, None], out, heads, real, V, 0, V, BLOCK_V)
+    tl.store(lse + heads, tl.where(some, (highest + tl.log2(norm)) / LOG2_E, float("-inf")), mask=real)
+
+
+@triton.jit
+def row_dots(x, y):
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=["T", "S", "first"])
 def queries_gradient_kernel(
     q, k, v, indices, out, lse, dout, dlse, dq, weights, dscores, first, T, S, H, G, K, scale, SHARED: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dq; and for the queries from `first` on, by pair, the weights and the gradients of the scores of q and k,
     both [queries, H, K]. They are stored up to the last block of keys that a query names."""
     query = first + tl.program_id(0)
     heads, real = heads_of(query, H, G, BLOCK_M)
-    qa, dfound = part(q, heads, real, D, 0, A, BLOCK_A), part(dout, heads, real, V, 0, V, BLOCK_V)
-    found = part(out, heads, real, V, 0, V, BLOCK_V)
     base = tl.load(lse + heads, mask=real, other=0.0) * LOG2_E
     base = tl.where(base == float("-inf"), 0.0, base)
-    delta = tl.sum(found.to(tl.float32) * dfound.to(tl.float32), 1) - tl.load(dlse + heads, mask=real, other=0.0)
+    dlse_of = tl.load(dlse + heads, mask=real, other=0.0)
+    if SHARED:
+        dfound = part(dout, heads, real, V, 0, A, BLOCK_A)
+        delta = row_dots(part(out, heads, real, V, 0, A, BLOCK_A), dfound) - dlse_of
+        dmore = part(dout, heads, real, V, A, B, BLOCK_B) if B else dfound
+        if B:
+            delta += row_dots(part(out, heads, real, V, A, B, BLOCK_B), dmore)
+    else:
+        dfound = part(dout, heads, real, V, 0, V, BLOCK_V)
+        dmore, delta = dfound, row_dots(part(out, heads, real, V, 0, V, BLOCK_V), dfound) - dlse_of
+    qa = part(q, heads, real, D, 0, A, BLOCK_A)
     qb = part(q, heads, real, D, A, B, BLOCK_B) if B else qa
+    qc = part(q, heads, real, D, A + B, C, BLOCK_C) if C else qa
     dqa, dqb = tl.zeros((BLOCK_M, BLOCK_A), tl.float32), tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+    dqc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     pairs, _ = heads_of(tl.program_id(0), H, G, BLOCK_M)
     for start in range(0, last_index(indices, query, S, K, BLOCK_K), BLOCK_N):
         rows, exist = keys_at(indices, query, start, T, S, G, K, BLOCK_N)
         ka = part(k, rows, exist, D, 0, A, BLOCK_A)
-        scores = product(qa, tl.trans(ka), PRECISION)
         kb = part(k, rows, exist, D, A, B, BLOCK_B) if B else ka
+        kc = part(k, rows, exist, D, A + B, C, BLOCK_C) if C else ka
+        scores = product(qa, tl.trans(ka), PRECISION)
         if B:
             scores += product(qb, tl.trans(kb), PRECISION)
+        if C:
+            scores += product(qc, tl.trans(kc), PRECISION)
         p = tl.where(exist[None], tl.exp2(scores * (scale * LOG2_E) - base[:, None]), 0.0)
         values = ka if SHARED else part(v, rows, exist, V, 0, V, BLOCK_V)
-        ds = p * (product(dfound, tl.trans(values), PRECISION) - delta[:, None]) * scale
-        p, ds = p.to(weights.dtype.element_ty), ds.to(dscores.dtype.element_ty)
+        dp = product(dfound, tl.trans(values), PRECISION)
+        if SHARED and B:
+            dp += product(dmore, tl.trans(kb), PRECISION)
+        ds = (p * (dp - delta[:, None]) * scale).to(dscores.dtype.element_ty)
         dqa += product(ds, ka, PRECISION)
         if B:
             dqb += product(ds, kb, PRECISION)
+        if C:
+            dqc += product(ds, kc, PRECISION)
         j = start + tl.arange(0, BLOCK_N)
         at, mask = pairs[:, None] * K + j[None], real[:, None] & (j < K)[None]
-        tl.store(weights + at, p, mask=mask)
+        tl.store(weights + at, p.to(weights.dtype.element_ty), mask=mask)
         tl.store(dscores + at, ds, mask=mask)
     put_part(dqa, dq, heads, real, D, 0, A, BLOCK_A)
     if B:
         put_part(dqb, dq, heads, real, D, A, B, BLOCK_B)
+    if C:
+        put_part(dqc, dq, heads, real, D, A + B, C, BLOCK_C)
 
 
 @triton.jit
@@ -146,7 +182,7 @@ def over_heads(
     total, by_pair, x, first, n, group, j, H, G, K, column, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return total [N, C] plus the sums over the heads of a group of by_pair [queries, H, K] times x [queries, H,
+    """Return total [N, columns] plus the sums over the heads of a group of by_pair [queries, H, K] times x [queries, H,
     WIDTH], the latter of query first + n."""
     heads = H // G
     for start in range(0, heads, BLOCK_M):
@@ -162,14 +198,14 @@ def over_heads(
 @triton.jit(do_not_specialize=["first"])
 def pairs_gradient_kernel(
     q, dout, weights, dscores, gradients, first, H, G, K, KEYS: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr,
-    V: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    V: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store what each pair adds to the gradient of its key, of its value, or of both together, in [queries, G, K, W]:
     of the value alone in the last V numbers."""
     n, j = tl.program_id(0), tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    group, column = tl.program_id(1) % G, tl.program_id(1) // G * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    group, column = tl.program_id(1) % G, tl.program_id(1) // G * BLOCK_W + tl.arange(0, BLOCK_W)
+    total = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
     if KEYS:
         total = over_heads(total, dscores, q, first, n, group, j, H, G, K, column, D, BLOCK_M, PRECISION)
     if VALUES:
@@ -179,11 +215,11 @@ def pairs_gradient_kernel(
 
 
 @triton.jit
-def sums_kernel(gradients, order, begins, total, G, K, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def sums_kernel(gradients, order, begins, total, G, K, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
     """Add to total [keys, G, W] the gradients [queries, G, K, W] of the pairs of each key: `order` names them sorted by
     key, those of a key from begins [keys + 1] on."""
     key, group = tl.program_id(0), tl.program_id(1)
-    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
     begin, end = tl.load(begins + key), tl.load(begins + key + 1)
     if end > begin:
         at = total + (key.to(tl.int64) * G + group) * W + column

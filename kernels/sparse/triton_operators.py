@@ -12,6 +12,7 @@ from kernels.sparse import triton_kernels as kernels
 from kernels.sparse.operators import register
 
 LARGEST_HEAD = 256  # where values are numbers of their own
+LARGEST_PART = 256  # of a value that is the beginning of its key
 LARGEST_LATENT = 512, 576  # a value that is the beginning of its key, and the key
 # Bytes in which the gradients of the pairs of some queries lie before they are summed by key.
 WORKSPACE = 1 << 30
@@ -23,13 +24,18 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, value_dim: i
     """Return what the kernels take by name, and warps and stages of a program."""
     (_, T, H, D), (_, S, G, _), K = q.shape, k.shape, indices.shape[2]
     sizes, shared, exact = block_sizes("sparse_attention", D, q), v is None, q.dtype == torch.float32
-    first = value_dim if shared else D if D < 16 or power_of_two(D) == D else power_of_two(D) // 2
+    if shared:
+        A, C = min(value_dim, LARGEST_PART), D - value_dim
+    else:  # the largest power of two, and the rest
+        A, C = D if D < 16 or power_of_two(D) == D else power_of_two(D) // 2, 0
+    parts = {"A": A, "B": D - A - C, "C": C}
     named = {"T": T, "S": S, "H": H, "G": G, "K": K, "scale": scale, "SHARED": shared, "D": D, "V": value_dim}
-    named |= {"A": first, "B": D - first, "W": D if shared else D + value_dim, "PRECISION": precision_for(q.dtype)}
-    numbers = {"A": first, "B": D - first, "V": value_dim, "K": K}
+    named |= parts | {"W": D if shared else D + value_dim, "PRECISION": precision_for(q.dtype)}
+    numbers = parts | {"V": value_dim, "K": K}
     named |= {f"BLOCK_{name}": max(16, power_of_two(number)) for name, number in numbers.items()}
-    # float32 takes twice the room, and tensor cores make less of it.
-    named |= {"BLOCK_M": block_for(H // G, 16 if exact else sizes.rows)}
+    # float32 takes twice the room, and tensor cores make less of it; the sums of dq over more heads would spill.
+    rows = 16 if exact else min(sizes.rows, 32) if backward and D > LARGEST_HEAD else sizes.rows
+    named |= {"BLOCK_M": block_for(H // G, rows)}
     named |= {"BLOCK_N": max(16, sizes.columns // (2 if exact else 1))}
     return named, {"warps": sizes.backward_warps if backward else sizes.forward_warps, "stages": sizes.stages}
 
@@ -61,8 +67,8 @@ def backward(
     """
     named, options = _sizes(q, k, v, indices, out.shape[3], scale, backward=True)
     (B, T, H, D), (S, G), K, V, W = q.shape, k.shape[1:3], indices.shape[2], out.shape[3], named["W"]
-    heads, BLOCK_N, BLOCK_C = -(-(H // G) // named["BLOCK_M"]), block_for(K, 64), block_for(W, COLUMNS)
-    blocks = {"BLOCK_C": BLOCK_C}
+    heads, BLOCK_N, BLOCK_W = -(-(H // G) // named["BLOCK_M"]), block_for(K, 64), block_for(W, COLUMNS)
+    blocks = {"BLOCK_W": BLOCK_W}
     dq, sums = torch.empty_like(q), torch.zeros(B, S, G, W, dtype=torch.float32, device=q.device)
     queries = max(1, min(B * T, WORKSPACE // max(1, K * (G * W + 2 * H) * q.element_size())))
     shapes = (queries, H, K), (queries, H, K), (queries, G, K, W)
@@ -76,12 +82,12 @@ def backward(
         for of_keys, of_values in [(True, True)] if v is None else [(True, False), (False, True)]:
             launch_kernel(
                 kernels.pairs_gradient_kernel, q, dout, weights, dscores, gradients,
-                grid=(n, G * -(-(D if of_keys else V) // BLOCK_C), -(-K // BLOCK_N)),
+                grid=(n, G * -(-(D if of_keys else V) // BLOCK_W), -(-K // BLOCK_N)),
                 named=named | {"first": first, "KEYS": of_keys, "VALUES": of_values} | blocks | {"BLOCK_N": BLOCK_N},
             )  # fmt: skip
         order, begins = _sort_by_key(indices.flatten(0, 1)[first : first + n], first, T, S, B)
         launch_kernel(
-            kernels.sums_kernel, gradients, order, begins, sums, grid=(B * S, G, -(-W // BLOCK_C)),
+            kernels.sums_kernel, gradients, order, begins, sums, grid=(B * S, G, -(-W // BLOCK_W)),
             named=named | blocks | {"BLOCK_N": SUMMED},
         )  # fmt: skip
     dk, dv = sums.split([D, W - D], dim=-1)

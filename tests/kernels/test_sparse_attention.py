@@ -230,6 +230,16 @@ def test_triton_takes_heads_of_any_number_and_size(form, sizes, triton_device):
 
 @thorough
 @on_triton
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(40, 32), (27, 20), (17, 17)])
+def test_triton_takes_latents_in_two_parts(head_dim, value_dim, triton_device, monkeypatch):
+    from kernels.sparse import triton_operators
+
+    monkeypatch.setattr(triton_operators, "LARGEST_PART", 16)
+    assert_triton_is_right(LATENT, triton_device, problem(LATENT, 20, batch=1, head_dim=head_dim, value_dim=value_dim))
+
+
+@thorough
+@on_triton
 @forms
 def test_triton_in_half_precision_errs_no_more_than_twice_as_much(form, triton_device):
     """float16: the interpreter is wrong for bfloat16."""
