@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from archs.mixers.heads import cut_heads
-from archs.mixers.recurrent import RecurrentMixer, gated, log_decay, normalised, reset_decay
+from archs.mixers.recurrent import RecurrentMixer, gated, reset_decay
 from archs.state import RecurrentState
 from archs.visibility import Visibility
 from kernels import gated_delta_rule, gated_delta_rule_flops, gated_delta_step
@@ -101,27 +101,24 @@ class GatedDelta(RecurrentMixer):
 
     def project(self, x_BTD: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         qkv, z, a, b = self._projected(x_BTD)
-        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        beta = b.to(dtype).sigmoid()
-        if self.A_log is None or self.dt_bias is None:
-            g = torch.zeros_like(beta)
-        else:
-            g = log_decay(a.to(dtype), self.A_log, self.dt_bias)
-        return (qkv, g, beta), z
+        return (qkv, a, b.to(torch.promote_types(x_BTD.dtype, torch.float32)).sigmoid()), z
 
     def scan(
         self, streams: tuple[Tensor, ...], state: RecurrentState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        qkv, g, beta = streams
+        qkv, a, beta = streams
         qkv, conv = self.convolve(qkv, state, cu_seqlens)
         q, k, v = qkv.split(self.sizes[:3], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
         o_BTHV, memory = gated_delta_rule(
-            normalised(q, g.dtype),
-            normalised(k, g.dtype),
+            q,
+            k,
             v,
-            g,
+            None if self.A_log is None else a,
             beta,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            use_qk_l2norm=True,
             initial_state=None if state is None else state.memory,
             output_final_state=state is not None,
             cu_seqlens=cu_seqlens,

@@ -128,7 +128,7 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
         (delta.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}]),
         (
             state_space.OPERATION,
-            {"heads": 2, "groups": 1, "head_dim": size // 2, "state_size": size},
+            {"heads": 17, "groups": 1, "head_dim": size // 2, "state_size": size},
             [{}, {"D": None}],
         ),
         (sparse.OPERATION, {"heads": 8, "kv_heads": 1, "head_dim": size, "picked": 64}, [{}]),

@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 from unittest import mock
@@ -27,8 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from experiments.bench.operations import CONTESTS, DTYPES
 from experiments.bench.report import environment, in_words, markdown, write
+from kernels import delta_step, gated_delta_step_flops
 from kernels.common.operation import Operation
 
+# What can be counted, with its forward FLOPs by tokens and shape.
+OPERATIONS: dict[str, tuple[Operation, Callable[[int, dict], float]]] = {
+    **{name: (contest.operation, contest.flops) for name, contest in CONTESTS.items()},
+    "gated_delta_step": (
+        delta_step.OPERATION,
+        lambda T, s: s["batch"] * gated_delta_step_flops(s["heads"], s["key_heads"], s["head_dim"], s["value_dim"]),
+    ),
+}
 LENGTHS, MULTIPLES = (1, 2, 3), (1, 2)  # of the smallest problem, at which the polynomial is found
 FURTHER = (4, 1)  # where it is checked
 
@@ -131,12 +140,15 @@ def held(x: object) -> int:
 
 
 def counted(operation: Operation, tokens: int, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, list]:
-    """Return the rows of `Recorder` of a forward and of a backward pass, by the name of the pass."""
+    """Return the rows of `Recorder` of a forward and, where there are gradients, of a backward pass, by the name of the
+    pass."""
     problem = operation.random_problem(tokens, **sizes, generator=torch.Generator().manual_seed(0))
     inputs = {name: x for name, x in problem.items() if not name.startswith("initial")}
-    leaves = operation.leaves(inputs, "cpu", dtype, gradients=True)
+    leaves = operation.leaves(inputs, "cpu", dtype, operation.differentiable)
     with Recorder() as forward, forward.of_triton():
         o = operation.on_backend("triton")(**leaves)
+    if not operation.differentiable:
+        return {"forward": forward.rows}
     given = torch.ones_like(o)
     with Recorder() as backward, backward.of_triton():
         torch.autograd.grad(o, [x for x in leaves.values() if x.requires_grad], given, allow_unused=True)
@@ -167,7 +179,7 @@ def at_published(shape: dict) -> dict[str, dict[str, Moved]]:
     Raises:
         ValueError: where the sizes are no multiples of the smallest, or the counts follow no polynomial.
     """
-    operation, smallest = CONTESTS[shape["operation"]].operation, dict(shape["smallest"])
+    operation, smallest = OPERATIONS[shape["operation"]][0], dict(shape["smallest"])
     fixed = {
         k: v for k, v in shape.items() if k not in ("operation", "dtype", "smallest", "peers", "length", *smallest)
     }
@@ -225,7 +237,7 @@ def report(rows: list[dict], shapes: list[dict], config: DictConfig, where: dict
     whole = []
     for row in frame[frame["launch"] == "all"].to_dict("records"):
         shape = next(shape for shape in shapes if shape["operation"] == row["operation"])
-        flops = CONTESTS[row["operation"]].flops(shape["length"], shape) * (1 if row["pass"] == "forward" else 2)
+        flops = OPERATIONS[row["operation"]][1](shape["length"], shape) * (1 if row["pass"] == "forward" else 2)
         peers = {name: passes[row["pass"]] for name, passes in shape.get("peers", {}).items() if row["pass"] in passes}
         whole.append({
             "operation": row["operation"],
@@ -268,8 +280,8 @@ def bench(config: DictConfig) -> None:
         ValueError: for an operation that is not known, and where Triton compiles, so that nothing can be counted.
     """
     shapes = cast(list[dict], OmegaConf.to_container(config.shapes, resolve=True))
-    if unknown := [shape["operation"] for shape in shapes if shape["operation"] not in CONTESTS]:
-        raise ValueError(f"no operation {unknown[0]!r}: choose from {', '.join(CONTESTS)}")
+    if unknown := [shape["operation"] for shape in shapes if shape["operation"] not in OPERATIONS]:
+        raise ValueError(f"no operation {unknown[0]!r}: choose from {', '.join(OPERATIONS)}")
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("launches are counted in Triton's interpreter: start again with TRITON_INTERPRET=1")
     rows, text, where = [], "", environment("cpu")

@@ -97,8 +97,9 @@ def gated_delta_step(
     return gated_delta_step_reference(*inputs, eps)
 
 
-def gated_delta_step_flops(heads: int, head_dim: int, value_dim: int, channels: int, taps: int) -> int:
+def gated_delta_step_flops(heads: int, key_heads: int, head_dim: int, value_dim: int, taps: int = 4) -> int:
     """Return the FLOPs of a step of one sequence: those of the convolution and of the delta rule on one token."""
+    channels = 2 * key_heads * head_dim + heads * value_dim
     return causal_conv1d_flops(1, channels, taps) + gated_delta_rule_flops(1, heads, head_dim, value_dim)
 
 
