@@ -162,11 +162,11 @@ def launch_kernel(
 
     Args:
         kernel: a function of `triton.jit`.
-        tensors: its first arguments, the very first not None.
+        tensors: its first arguments, None where one is left out.
         grid: programs in each dimension.
         named: sizes, chunks and constants by name; the kernel is given those that it names after `tensors`.
         warps, stages: warps of a program and pipeline stages, as Triton's own defaults.
     """
     others = {name: named[name] for name in kernel.arg_names[len(tensors) :]}
-    with torch.cuda.device_of(tensors[0]):
+    with torch.cuda.device_of(next(x for x in tensors if x is not None)):
         kernel[grid](*tensors, **others, num_warps=warps, num_stages=stages)
