@@ -254,7 +254,15 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden vectors [..., D]. A tied head reads embeddings of order one, so its logits are
         divided by the width (muP's output multiplier)."""
-        return self.head(hidden / self.width if self.tied else hidden)
+        return self.head(self._before_head(hidden))
+
+    def head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What logits of hidden vectors [..., D] are the product of: vectors [..., D], the head's matrix [V, D] and its
+        bias."""
+        return self._before_head(hidden), self.head.weight, self.head.bias
+
+    def _before_head(self, hidden: Tensor) -> Tensor:
+        return hidden / self.width if self.tied else hidden
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores [...] of hidden vectors [..., D].

@@ -5,8 +5,8 @@ The face of the package is the functions below. One folder per operation, all wi
     __init__.py          the public function: signature, shapes, errors; and OPERATION, for trials and tests
     reference.py         the definition, as plain as can be; every other backend is tested against it in float64
     chunked.py           the fast path on any device and the count of its FLOPs (depthwise.py for the convolution,
-                         segments.py for the grouped product, blocks.py for the indexer, gathered.py for sparse
-                         attention)
+                         segments.py for the grouped product, blocks.py for the indexer and the cross entropy,
+                         gathered.py for sparse attention)
     triton_kernels.py    the kernels for GPUs
     triton_operators.py  their registration with PyTorch: autograd, torch.compile, FlopCounterMode (operators.py where
                          the fast path is registered too)
@@ -24,6 +24,7 @@ duties of all. `hugging_face.py` keeps this package apart from one of the same n
 
 from kernels.common.arguments import check_boundaries
 from kernels.convolution import causal_conv1d, causal_conv1d_flops
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_flops
 from kernels.delta import gated_delta_rule, gated_delta_rule_flops
 from kernels.delta_step import gated_delta_step, gated_delta_step_flops
 from kernels.fast_weights import delta_rule, delta_rule_flops
@@ -56,6 +57,8 @@ __all__ = [
     "lightning_indexer_flops",
     "lightning_indexer_loss",
     "lightning_indexer_loss_flops",
+    "linear_cross_entropy",
+    "linear_cross_entropy_flops",
     "sparse_attention",
     "sparse_attention_flops",
     "ssd",

@@ -1,6 +1,6 @@
 """What an objective says about held-out sequences.
 
-Shape letters: B sequences, T tokens, V token ids, N positions picked out of a batch, S draws of noise.
+Shape letters: B sequences, T tokens, D model width, V token ids, N positions picked out of a batch, S draws of noise.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from scipy.special import stdtrit
 from torch import Generator, Tensor
+
+from archs.language_model import LanguageModel
+from kernels import linear_cross_entropy
+
+LARGE_VOCABULARY = 2048  # from here on losses without all logits in memory are faster too; at 257 they are slower
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,28 @@ def nats_at(logits_NV: Tensor, tokens_BT: Tensor, where_BT: Tensor) -> Tensor:
     """-log p [B, T] of the N tokens where where_BT is true, 0 elsewhere."""
     nats_N = F.cross_entropy(logits_NV, tokens_BT[where_BT], reduction="none")
     return nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
+
+
+def summed_nats(
+    model: object, hidden_BTD: Tensor, tokens_BT: Tensor, weights_BT: Tensor, where_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum of nats times weights over the tokens where where_BT is true, with gradients, and these nats [B, T]
+    without, 0 elsewhere and (with a large vocabulary) where the weight is 0.
+
+    With a large vocabulary no logits but those of a few tokens are in memory; on a GPU all hidden vectors are handed
+    over, of which the kernel leaves out what weighs nothing, and nobody waits to know how many there are."""
+    if not isinstance(model, LanguageModel) or len(model.head.weight) < LARGE_VOCABULARY:
+        nats_BT = nats_at(model.logits(hidden_BTD[where_BT]), tokens_BT, where_BT)  # type: ignore[attr-defined]
+        return (nats_BT * weights_BT.to(nats_BT)).sum(), nats_BT.detach()
+    everywhere = hidden_BTD.is_cuda
+    hidden_ND, tokens_N, weights_N = (
+        x.flatten(0, 1) if everywhere else x[where_BT] for x in (hidden_BTD, tokens_BT, weights_BT * where_BT)
+    )
+    vectors_ND, head, bias = model.head_product(hidden_ND)
+    total, nats_N = linear_cross_entropy(vectors_ND, head, tokens_N, token_weights=weights_N, bias=bias)
+    if everywhere:
+        return total, nats_N.view(tokens_BT.shape)
+    return total, nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
 
 
 def mean_nats(nats_BT: Tensor, weights_BT: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from archs.language_model import LanguageModel
 from archs.visibility import CAUSAL
 from objectives.contracts import Batch, Model, Objective, Predictions, Request, Samples
 from objectives.decoding.autoregression import Autoregression
-from objectives.likelihood import Likelihood, mean_nats, nats_at
+from objectives.likelihood import Likelihood, summed_nats
 
 
 class NextToken(Objective):
@@ -65,8 +65,8 @@ class NextToken(Objective):
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`, with the weighted loss of the further tokens. The generator is not used."""
         hidden_BTD, counted_BT = self._hidden(model, batch), batch.counted_BT
-        nats_BT = nats_at(model.logits(hidden_BTD[counted_BT]), batch.tokens_BT, counted_BT)
-        loss = mean_nats(nats_BT, batch.weights_BT)
+        total, _ = summed_nats(model, hidden_BTD, batch.tokens_BT, batch.weights_BT, counted_BT)
+        loss = total / counted_BT.sum().clamp_min(1)
         if not self.ahead:
             return loss
         visibility = CAUSAL.packed(batch.starts_BT)
@@ -77,14 +77,15 @@ class NextToken(Objective):
                 document_BT = visibility.documents()
                 weights_BT = weights_BT * (document_BT[:, k:] == document_BT[:, :-k])
             everywhere_BT = torch.ones_like(weights_BT, dtype=torch.bool)
-            nats_BT = nats_at(model.logits(ahead_BTD[everywhere_BT]), batch.tokens_BT[:, k:], everywhere_BT)
-            further.append(mean_nats(nats_BT, weights_BT))
+            total, _ = summed_nats(model, ahead_BTD, batch.tokens_BT[:, k:], weights_BT, everywhere_BT)
+            further.append(total / (weights_BT != 0).sum().clamp_min(1))
         return loss + self.ahead_weight * torch.stack(further).mean()
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
         """As in `Objective`, exact. The generator is not used."""
-        nats_BT = nats_at(self.logits(model, batch), batch.tokens_BT, batch.counted_BT)
+        hidden_BTD, where_BT = self._hidden(model, batch), batch.counted_BT
+        _, nats_BT = summed_nats(model, hidden_BTD, batch.tokens_BT, torch.ones_like(batch.weights_BT), where_BT)
         return Likelihood(nats_BT.double().sum(1), variance=0.0, exact=True)
 
     def denoiser(self, model: Model) -> "Continuation":

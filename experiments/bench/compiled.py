@@ -36,7 +36,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
 from experiments.bench.report import markdown  # noqa: E402
-from kernels import convolution, delta, delta_step, grouped, indexer, sparse, state_space  # noqa: E402
+from kernels import convolution, cross_entropy, delta, delta_step, grouped, indexer, sparse, state_space  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -123,6 +123,7 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
     """Calls that together launch every kernel, with heads of this size; as published, those of the state space dual
     form have half as many channels as their state has numbers."""
     many_rows = {"x": torch.zeros(384, size, dtype=dtype, requires_grad=True), "counts": torch.tensor([128, 0, 256])}
+    capped = {"bias": torch.zeros(5000, requires_grad=True), "soft_cap": 30.0}
     for operation, sizes, changes in (
         (convolution.OPERATION, {"channels": 8}, [{}]),
         (delta.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}]),
@@ -134,6 +135,7 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
         (sparse.OPERATION, {"heads": 8, "kv_heads": 1, "head_dim": size, "picked": 64}, [{}]),
         (sparse.LATENT_OPERATION, {"heads": 128, "head_dim": 576, "value_dim": 512, "picked": 64}, [{}]),
         (grouped.OPERATION, {"experts": 3, "width": size, "outputs": 2 * size}, [{}, many_rows]),
+        (cross_entropy.OPERATION, {"width": size, "vocabulary": 5000}, [{}, capped]),
     ):
         for change in changes:  # without D, y is in the dtype of x
             inputs = (

@@ -1,0 +1,81 @@
+"""With a large vocabulary next-token prediction keeps no logits: losses, gradients, likelihood and FLOPs stay."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from archs.language_model import LanguageModel
+from archs.mixers.attention import Attention
+from archs.positions import Rotary
+from objectives import likelihood
+from objectives.contracts import Batch
+from objectives.next_token import NextToken
+
+V, T, B = 50, 12, 3
+MIXERS = {"attention": partial(Attention, head_dim=8, queries_per_kv=1, position=Rotary())}
+
+
+def build(ahead, **options):
+    torch.manual_seed(0)
+    objective = NextToken(V, eot=V - 1, ahead=ahead)
+    model = LanguageModel(V, 16, ["attention"], MIXERS, depth=1, **objective.model_options, **options).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return objective, model
+
+
+def packed():
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(B, T, generator=generator)
+    starts = torch.zeros(B, T, dtype=torch.bool)
+    starts[:, [0, 5]] = True
+    return Batch(torch.randint(V, (B, T), generator=generator), weights.where(weights > 0.4, 0.0), starts)
+
+
+def both_ways(monkeypatch, measure):
+    """What is measured with all logits in memory and without."""
+    found = []
+    for least in (V + 1, V):
+        monkeypatch.setattr(likelihood, "LARGE_VOCABULARY", least)
+        found.append(measure())
+    return found
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"head_bias": True}], ids=["plain", "tied", "bias"])
+def test_loss_and_gradients_equal_those_of_all_logits(ahead, options, monkeypatch):
+    objective, model = build(ahead, **options)
+
+    def measure():
+        loss = objective.loss(model, packed(), torch.Generator())
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    torch.testing.assert_close(*both_ways(monkeypatch, measure))
+
+
+def test_the_likelihood_equals_that_of_all_logits(monkeypatch):
+    objective, model = build(0)
+    measure = lambda: objective.evaluate(model, packed(), torch.Generator()).nats_B  # noqa: E731
+    torch.testing.assert_close(*both_ways(monkeypatch, measure))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_as_many_flops_are_counted_forward_and_backward(ahead, monkeypatch):
+    objective, model = build(ahead)
+
+    def measure():
+        with FlopCounterMode(display=False) as counter:
+            objective.loss(model, packed(), torch.Generator()).backward()
+        return counter.get_total_flops()
+
+    with_logits, without = both_ways(monkeypatch, measure)
+    assert with_logits == without > 0
+
+
+def test_a_batch_in_which_nothing_counts_has_a_loss_of_zero(monkeypatch):
+    objective, model = build(0)
+    nothing = Batch(packed().tokens_BT, torch.zeros(B, T))
+    assert both_ways(monkeypatch, lambda: objective.loss(model, nothing, torch.Generator()).item()) == [0.0, 0.0]
