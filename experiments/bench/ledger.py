@@ -6,7 +6,7 @@ catches every second reading), and as often as a program asks for it ("asked for
 the kernels are launches too, of the bytes of their inputs and outputs.
 
 What a launch moves is a polynomial: of the second degree at most in the tokens, of the first in the heads. It is found
-at three lengths and two numbers of heads, checked at a further length, and evaluated at the published shape. No GPU is
+at three lengths and two numbers of heads, checked at a further one of each, and evaluated at the published shape. No GPU is
 needed, and none can change the count.
 """
 
@@ -39,7 +39,7 @@ OPERATIONS: dict[str, tuple[Operation, Callable[[int, dict], float]]] = {
     ),
 }
 LENGTHS, MULTIPLES = (1, 2, 3), (1, 2)  # of the smallest problem, at which the polynomial is found
-FURTHER = (4, 1)  # where it is checked
+FURTHER = (4, 1), (1, 3)  # where it is checked
 
 
 class Moved(NamedTuple):
@@ -121,7 +121,8 @@ class Accesses:
     def add(self, pointers, mask) -> None:
         """Take in the elements that the mask allows. pointers, mask: handles of the interpreter, of equal shapes."""
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        at = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        wanted = mask.data.astype(bool)  # of a scalar and a tensor together the interpreter makes integers
+        at = np.broadcast_to(pointers.data, wanted.shape)[wanted]
         self.asked += at.size * size
         self._seen.setdefault(size, []).append(np.unique(at))
 
@@ -187,23 +188,23 @@ def at_published(shape: dict) -> dict[str, dict[str, Moved]]:
     heads = {name: shape[name] / n for name, n in smallest.items()}
     if len(set(heads.values())) > 1:
         raise ValueError(f"{shape['operation']}: {heads} are the multiples of `smallest`; they must be one number")
-    points = [*itertools.product(LENGTHS, MULTIPLES), FURTHER]
+    points = [*itertools.product(LENGTHS, MULTIPLES), *FURTHER]
     found = []
     for length, multiple in points:
         sizes = fixed | {name: n * multiple for name, n in smallest.items()}
         passes = counted(operation, tokens * length, sizes, DTYPES[shape["dtype"]])
         found.append({name: totals(rows) for name, rows in passes.items()})
-    matrix = np.array([terms(*point) for point in points])
+    matrix, known = np.array([terms(*point) for point in points]), len(points) - len(FURTHER)
     wanted = np.array(terms(shape["length"] / tokens, next(iter(heads.values()), 1)))
     result = {}
     for passed, launches in found[0].items():
         for name in launches:
             values = np.array([x[passed].get(name, Moved(0, 0, 0)) for x in found], float)
-            weights = np.linalg.solve(matrix[:-1], values[:-1])
-            if not np.allclose(matrix[-1] @ weights, values[-1], rtol=1e-6, atol=0.5):
+            weights = np.linalg.solve(matrix[:known], values[:known])
+            if not np.allclose(matrix @ weights, values, rtol=1e-6, atol=0.5):
                 raise ValueError(
-                    f"{name} of {shape['operation']} moves {values[-1]} at {FURTHER[0]} times the smallest length, its "
-                    f"polynomial says {matrix[-1] @ weights}: enlarge `smallest` of its shape"
+                    f"{name} of {shape['operation']} moves {values[known:].tolist()} at {FURTHER} times the smallest "
+                    f"length and heads, its polynomial says {(matrix[known:] @ weights).tolist()}: enlarge `smallest`"
                 )
             result.setdefault(passed, {})[name] = Moved(*(wanted @ weights).round().tolist())
     return result
