@@ -97,10 +97,13 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             ANY_SIZE: BlockSizes(rows=32, columns=32, forward_warps=8, backward_warps=8, stages=2),
         },
     },
-    # Channels of a state, and numbers per channel.
+    # Channels of a state, and numbers per channel. The size is that of a state of half precision in numbers per
+    # channel; float32, whose products take three times the registers, is any other size.
     "ssd": {
         (8, 0): {
-            ANY_SIZE: BlockSizes(rows=64, columns=64, forward_warps=8, backward_warps=8, stages=3),
+            128: BlockSizes(rows=64, columns=64, forward_warps=8, backward_warps=8, stages=3),
+            256: BlockSizes(rows=32, columns=64, forward_warps=8, backward_warps=8, stages=2),
+            ANY_SIZE: BlockSizes(rows=16, columns=64, forward_warps=8, backward_warps=8, stages=1),
         },
     },
 }

@@ -62,11 +62,8 @@ def _launchers(
         backward: of which pass.
     """
     (rows, T, H, P), (G, N) = x.shape, B.shape[2:]
-    sizes, L, heads = (
-        block_sizes("ssd", ANY_SIZE, x),
-        _chunk(B, backward),
-        HEADS_BACKWARD if backward else HEADS_FORWARD,
-    )
+    sizes = block_sizes("ssd", ANY_SIZE if x.dtype == torch.float32 else N, x)
+    L, heads = _chunk(B, backward), HEADS_BACKWARD if backward else HEADS_FORWARD
     sequences, slots = sequence_count(rows, cu_seqlens), slot_count(rows, T, cu_seqlens, L)
     named = dict(zip(("SOFTPLUS", "least", "most"), steps, strict=True))
     named |= {"cu_seqlens": cu_seqlens, "T": T, "sequences": sequences, "H": H, "G": G, "P": P, "N": N, "L": L}
@@ -82,7 +79,8 @@ def _launchers(
         run(kernels.states_kernel, a, b, *others, grid=grid, named=named | part)
 
     per_gates = partial(run, grid=(slots, -(-H // GATES)), named=named)
-    warps, stages = (sizes.backward_warps, sizes.stages) if backward else (sizes.forward_warps, FORWARD_STAGES)
+    warps = sizes.backward_warps if backward else sizes.forward_warps
+    stages = sizes.stages if backward else min(sizes.stages, FORWARD_STAGES)
     grid = (slots, G * _parts(H, G, heads))
     return slots, L, per_gates, states_of, partial(launch_kernel, grid=grid, named=named, warps=warps, stages=stages)
 
@@ -135,8 +133,8 @@ def backward(
         _empty(t) for t in (x, dt, A if A.dim() > 1 else None, B, C, z, initial_states)
     )
     of_chunks = single(3, slots, H)  # what each chunk adds to the gradients of A, dt_bias and D
-    of_A = dA if A.dim() > 1 else of_chunks[0]
-    of_B, of_C = (dB, dC) if parts == 1 else single(2, parts, *B.shape)
+    dA_parts = dA if A.dim() > 1 else of_chunks[0]
+    dB_parts, dC_parts = (dB, dC) if parts == 1 else single(2, parts, *B.shape)
     per_gates(kernels.gates_kernel, A, dt, dt_bias, gates)
     states_of(x, B, gates, states, initial_states, None, reverse=False)
     if z is not None:
@@ -145,11 +143,13 @@ def backward(
         dy = dgated
     states_of(dy, C, gates, dstates, dfinal, None if initial_states is None else dinitial, reverse=True)
     per_chunk(kernels.values_gradient_kernel, x, B, C, D, gates, dstates, dy, dx, of_chunks[2], of_gates)
-    per_chunk(kernels.keys_gradient_kernel, x, B, C, gates, states, dstates, dy, of_B, of_C, of_gates)
-    per_gates(kernels.gates_gradient_kernel, A, dt, dt_bias, of_gates, None if dt is None else ddt, of_A, of_chunks[1])
+    per_chunk(kernels.keys_gradient_kernel, x, B, C, gates, states, dstates, dy, dB_parts, dC_parts, of_gates)
+    per_gates(
+        kernels.gates_gradient_kernel, A, dt, dt_bias, of_gates, None if dt is None else ddt, dA_parts, of_chunks[1]
+    )
     if parts > 1:
         named = {"parts": parts, "SIZE": B.numel(), "BLOCK": ADDED}
-        launch_kernel(kernels.add_kernel, of_B, of_C, dB, dC, grid=(-(-B.numel() // ADDED),), named=named)
+        launch_kernel(kernels.add_kernel, dB_parts, dC_parts, dB, dC, grid=(-(-B.numel() // ADDED),), named=named)
     return dx, ddt, dA, dB, dC, dz, dinitial, of_chunks.sum(1)
 
 
@@ -177,8 +177,8 @@ def _differentiate(ctx, dy, dfinal):
         *inputs, cu_seqlens, ctx.softplus, ctx.least, ctx.most, dy.contiguous(),
         None if dfinal is None else dfinal.contiguous(),
     )  # fmt: skip
-    of_A, dbias, dD = of_heads
-    gradients = dx, ddt, of_A if inputs[2].dim() == 1 else dA, dB, dC, dD, dz, dbias, dinitial
+    dA_parts, dbias, dD = of_heads
+    gradients = dx, ddt, dA_parts if inputs[2].dim() == 1 else dA, dB, dC, dD, dz, dbias, dinitial
     gradients = (d.to(t.dtype) if t is not None else None for d, t in zip(gradients, inputs, strict=True))
     return *gradients, None, None, None, None
 
