@@ -6,8 +6,8 @@ catches every second reading), and as often as a program asks for it ("asked for
 the kernels are launches too, of the bytes of their inputs and outputs.
 
 What a launch moves is a polynomial: of the second degree at most in the tokens, of the first in the heads. It is found
-at three lengths and two numbers of heads, checked at a further one of each, and evaluated at the published shape. No GPU is
-needed, and none can change the count.
+at three lengths and two numbers of heads, checked at a further one of each, and evaluated at the published shape. No
+GPU is needed, and none can change the count.
 """
 
 import itertools

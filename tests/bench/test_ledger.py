@@ -62,7 +62,7 @@ def test_counts_are_continued_to_a_larger_problem_as_they_would_be_counted_there
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"smallest": {"length": 5, "channels": 128}}, "enlarge `smallest`"),
+        ({"smallest": {"length": 64, "channels": 64}}, "enlarge `smallest`"),
         (
             {"operation": "ssd", "heads": 4, "groups": 2, "smallest": {"length": 16, "heads": 2, "groups": 2}},
             "must be one number",
