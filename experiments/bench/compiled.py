@@ -123,10 +123,12 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
     """Calls that together launch every kernel, with heads of this size; as published, those of the state space dual
     form have half as many channels as their state has numbers."""
     many_rows = {"x": torch.zeros(384, size, dtype=dtype, requires_grad=True), "counts": torch.tensor([128, 0, 256])}
+    of_gate = {name: torch.zeros(2, requires_grad=True) for name in ("A_log", "dt_bias")}
+    of_mixer = of_gate | {"use_qk_l2norm": True}  # norms and gates made where they are read
     capped = {"bias": torch.zeros(5000, requires_grad=True), "soft_cap": 30.0}
     for operation, sizes, changes in (
         (convolution.OPERATION, {"channels": 8}, [{}]),
-        (delta.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}]),
+        (delta.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}, of_mixer]),
         (
             state_space.OPERATION,
             {"heads": 17, "groups": 1, "head_dim": size // 2, "state_size": size},
@@ -187,7 +189,8 @@ def rows_of(targets: list[tuple[int, str, int]]) -> Iterator[dict]:
                 blocks = blocks_per_multiprocessor(arch, options["num_warps"], used["registers"], shared)
                 row = {"operation": operation, "kernel": f"{kernel.fn.__module__}.{kernel.fn.__name__}", "arch": arch}
                 row |= {"dtype": dtype, "head": size, **options, "shared_bytes": shared, **used}
-                yield row | {"blocks_per_multiprocessor": blocks}
+                row |= {"blocks_per_multiprocessor": blocks}
+                yield row | {"tensor_memory_columns": getattr(done.metadata, "tmem_size", None) or 0}
 
 
 TABLE = [(90, "bfloat16", 64), (90, "bfloat16", 128)]
@@ -205,7 +208,7 @@ def write_table() -> None:
 Registers and spilled bytes are those of a thread, shared bytes those of a block; a row per form in which a kernel is
 launched, in bfloat16 with heads of 64 and of 128.
 
-{markdown(frame.drop(columns=["arch", "dtype", "operation"]))}"""
+{markdown(frame.drop(columns=["arch", "dtype", "operation", "tensor_memory_columns"]))}"""
     FOUND.parent.mkdir(parents=True, exist_ok=True)
     FOUND.with_suffix(".md").write_text(text)
     FOUND.with_suffix(".json").write_text(json.dumps(where | {"rows": rows}, indent=1) + "\n")

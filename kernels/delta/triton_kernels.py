@@ -12,9 +12,9 @@ and v', `state_gradients_kernel` goes from the last chunk to the first with the 
 `gradients_kernel` takes every chunk of a key head by itself, with the value heads that read it.
 
 Norms and strengths are factors of rows, multiplied to sums in float32, so that q, k and v meet the products as they
-are in memory. Operands of products are in v's dtype, of float32 in three parts of TF32 that together keep its
-precision; sums are float32, those of g float64, since float32 loses the small differences of strong gates. Nothing is
-added atomically, so two runs are equal bit for bit.
+are in memory; but for `gradients_kernel`, which divides q and k by their norms first. Operands of products are in v's
+dtype, of float32 in three parts of TF32 that together keep its precision; sums are float32, those of g float64, since
+float32 loses the small differences of strong gates. Nothing is added atomically, so two runs are equal bit for bit.
 
 Chunks need no table: chunk i of the sequence that begins at token b and is the n-th has slot b // C + n + i, or
 n * (chunks of a sequence) + i where all are equally long.
@@ -199,14 +199,14 @@ def sequences_kernel(
 
 @triton.jit(do_not_specialize=["HV", "H", "length", "scale"])
 def state_gradients_kernel(
-    q, k, v, beta, inverses, sums, q_norms, k_norms, do, dfinal, cu_seqlens, dr, dstates, dinitial, HV, H, length,
+    q, k, beta, inverses, sums, q_norms, k_norms, do, dfinal, cu_seqlens, dr, dstates, dinitial, HV, H, length,
     scale, K: tl.constexpr, V: tl.constexpr, ROW_Q: tl.constexpr, ROW_K: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go backwards through the chunks of a sequence: store the gradient of the state after each, [slots, HV, K, V],
     and that of r, both in v's dtype."""
     first, hv, n = tl.program_id(0) * BLOCK_V, tl.program_id(1), tl.program_id(2)
-    dtype = v.dtype.element_ty
+    dtype = inverses.dtype.element_ty
     h = hv // (HV // H)
     dS = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     if dfinal is not None:

@@ -26,9 +26,10 @@ from kernels.delta.chunked import gated_delta_rule_flops
 LARGEST_HEAD = 256
 
 
-def chunk_for(K: int, V: int) -> int:
-    """Return the tokens of a chunk: heads above 128 dimensions leave shared memory for half as many."""
-    return 64 if max(K, V) <= 128 else 32
+def chunk_for(K: int, V: int, dtype: torch.dtype) -> int:
+    """Return the tokens of a chunk: wide heads leave memory for half as many, in float32 above 32 dimensions already,
+    since its products are of three parts."""
+    return 64 if max(K, V) <= (32 if dtype == torch.float32 else 128) else 32
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
@@ -37,7 +38,7 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
 
 def _slots(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
     """Return how many slots the chunks take (see triton_kernels.py)."""
-    sequences, C = _sequences(q, cu_seqlens, length), chunk_for(q.shape[2], v.shape[2])
+    sequences, C = _sequences(q, cu_seqlens, length), chunk_for(q.shape[2], v.shape[2], v.dtype)
     return sequences * -(-length // C) if cu_seqlens is None else chunk_count(q.shape[0], sequences, C)
 
 
@@ -45,7 +46,8 @@ def _launchers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengt
     """Return launchers of the kernels that work on chunks of a key head, of those that go through a sequence, and of
     the one that makes the gradients of a chunk."""
     (_, H, K), (HV, V) = q.shape, v.shape[1:]
-    sizes, C, sequences = block_sizes("gated_delta_rule", K, q), chunk_for(K, V), _sequences(q, cu_seqlens, length)
+    sizes = block_sizes("gated_delta_rule", K * v.element_size() // 2, q)
+    C, sequences = chunk_for(K, V, v.dtype), _sequences(q, cu_seqlens, length)
     BLOCK_V = fill_card(block_for(V, sizes.columns), V, HV * sequences, q)
     named = {"cu_seqlens": cu_seqlens, "length": length, "sequences": sequences, "HV": HV, "H": H, "K": K, "V": V}
     named |= {"ROW_Q": q.stride(0), "ROW_K": k.stride(0), "ROW_V": v.stride(0), "C": C, "PART": kernels.PART}
@@ -73,7 +75,7 @@ def _made(
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
         single((_sequences(q, cu_seqlens, length), HV, K, V) if final else 0),
-        torch.empty((T, HV, chunk_for(K, V)), dtype=v.dtype, device=v.device),
+        torch.empty((T, HV, chunk_for(K, V, v.dtype)), dtype=v.dtype, device=v.device),
         torch.empty((T, HV), dtype=torch.float64, device=v.device),
         single((T, H) if norms else 0),
         single((T, H) if norms else 0),
@@ -141,7 +143,7 @@ def backward(
         states, None,
     )  # fmt: skip
     per_sequence(
-        kernels.state_gradients_kernel, q, k, v, beta, inverses, sums, *factors, do, dfinal, cu_seqlens, dr, dstates,
+        kernels.state_gradients_kernel, q, k, beta, inverses, sums, *factors, do, dfinal, cu_seqlens, dr, dstates,
         _or_none(dinitial),
     )  # fmt: skip
     per_gradient(

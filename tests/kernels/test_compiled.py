@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is in the test extra on Li
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a block may have
 COMMITTED = json.loads((ROOT / "results/bench/compiled.json").read_text())
+TENSOR_MEMORY = 512  # columns of a multiprocessor of Blackwell
 
 
 def compile_kernels(targets):
@@ -45,6 +46,7 @@ def assert_all_fit(targets, names, rows):
     for target in targets:
         assert sorted({row["kernel"] for row in rows if (row["arch"], row["dtype"], row["head"]) == target}) == names
     assert [row for row in rows if row["shared_bytes"] > SHARED[row["arch"]]] == []
+    assert [row for row in rows if row["tensor_memory_columns"] > TENSOR_MEMORY] == []
 
 
 def test_kernels_compile_and_fit_into_shared_memory(compiled, record_property):
