@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes of one thread each: on two cores twice as fast as one of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help setup check test test-slow format sweep studies
+.PHONY: help setup check test test-slow format sweep studies bench-gpu
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -35,6 +35,11 @@ sweep: $(READY)  ## three kinds of language model compared on this machine, in a
 
 studies: $(READY)  ## every study of configs/study, again where it is not finished
 	$(BIN)/python -m experiments.study all=true
+
+bench-gpu: $(READY)  ## on a machine with a GPU: every check of the kernels, then every race, to results/bench/<device>
+	$(BIN)/python -m pytest -q -n 4 tests/kernels -m 'not slow'
+	$(BIN)/python -m experiments.bench kernels=recurrent kernels.out='results/bench/{name}/recurrent'
+	$(BIN)/python -m experiments.bench kernels=attending kernels.out='results/bench/{name}/attending'
 
 # On a machine whose own Python already has a CUDA build of torch, the environment sees that one; elsewhere torch comes
 # as constraints.txt pins it.

@@ -1,4 +1,4 @@
-"""Speed of our recurrent operations beside the same operations elsewhere, in one run on this machine.
+"""Speed of our operations beside the same operations elsewhere, in one run on this machine.
 
 Every side is checked first, outputs and gradients, against the recurrence in float64, and only what is right is
 timed. The sides take turns on inputs that rotate; on a GPU each runs as a CUDA graph. Medians are shown, with the
@@ -19,7 +19,20 @@ from torch import Tensor
 
 from experiments.bench import peers
 from experiments.bench.report import environment, in_words, markdown, write
-from kernels import causal_conv1d_flops, convolution, delta, gated_delta_rule_flops, ssd_flops, state_space
+from kernels import (
+    causal_conv1d_flops,
+    convolution,
+    cross_entropy,
+    delta,
+    gated_delta_rule_flops,
+    grouped,
+    grouped_matmul_flops,
+    linear_cross_entropy_flops,
+    sparse,
+    sparse_attention_flops,
+    ssd_flops,
+    state_space,
+)
 from kernels.common.operation import Operation
 from kernels.common.trial import TOKENS, TOLERANCE, error_against_reference
 
@@ -56,6 +69,26 @@ CONTESTS = {
         peers.conv_peers,
         lambda T, s: s["batch"] * causal_conv1d_flops(T, s["channels"], 4),
     ),
+    "sparse_attention": Contest(
+        sparse.OPERATION,
+        peers.sparse_peers,
+        lambda T, s: s["batch"] * sparse_attention_flops(T, s["heads"], s["head_dim"], s["head_dim"], s["picked"]),
+    ),
+    "latent_attention": Contest(
+        sparse.LATENT_OPERATION,
+        peers.latent_peers,
+        lambda T, s: s["batch"] * sparse_attention_flops(T, s["heads"], s["head_dim"], s["value_dim"], s["picked"]),
+    ),
+    "grouped_matmul": Contest(
+        grouped.OPERATION,
+        peers.grouped_peers,
+        lambda T, s: grouped_matmul_flops(s["batch"] * T, s["width"], s["outputs"]),
+    ),
+    "linear_cross_entropy": Contest(
+        cross_entropy.OPERATION,
+        peers.head_peers,
+        lambda T, s: linear_cross_entropy_flops(s["batch"] * T, s["width"], s["vocabulary"]),
+    ),
 }
 
 
@@ -72,7 +105,8 @@ def runner(side: Callable, inputs: list[dict[str, Tensor]], mode: str) -> Callab
         for x in inputs:
             if mode == "forward+backward":
                 o = side(**x)
-                torch.autograd.grad(o, list(x.values()), torch.ones_like(o), allow_unused=True)
+                leaves = [leaf for leaf in x.values() if leaf.requires_grad]
+                torch.autograd.grad(o, leaves, torch.ones_like(o), allow_unused=True)
             else:
                 with torch.no_grad():
                     side(**x)

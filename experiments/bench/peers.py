@@ -109,3 +109,48 @@ def conv_peers(device: str, decode: bool) -> Sides:
     hf = imported("transformers.models.mamba2.modeling_mamba2", "causal_conv1d_fn")
     run = lambda f, x, weight, bias: f(x.mT, weight, bias, activation="silu").mT  # noqa: E731
     return present({"causal-conv1d": cuda and partial(run, cuda), "transformers": hf and partial(run, hf)})
+
+
+def sparse_peers(device: str, decode: bool) -> Sides:
+    """Return dense causal attention, for its time: what picking keys is to save."""
+
+    def dense(q, k, v, indices):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return {ATTENTION: dense}
+
+
+def latent_peers(device: str, decode: bool) -> Sides:
+    """Return FlashMLA's sparse attention, which has no gradients and takes one sequence of bfloat16."""
+    flash = imported("flash_mla", "flash_mla_sparse_fwd") if device == "cuda" else None
+
+    def forward(f, q, latent, rest, indices):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, latent, rest)):
+            raise NotImplementedError("FlashMLA's sparse attention has no gradients")
+        kv = torch.cat([latent, rest], dim=-1)[0]  # both one head
+        return f(q[0], kv, indices[0][:, None].int(), q.shape[-1] ** -0.5, latent.shape[-1])[0][None]
+
+    return present({"FlashMLA": flash and partial(forward, flash)})
+
+
+def grouped_peers(device: str, decode: bool) -> Sides:
+    """Return PyTorch's grouped product, and one product per expert."""
+
+    def grouped(x, weight, counts):
+        return F.grouped_mm(x, weight, offs=counts.cumsum(0, dtype=torch.int32))
+
+    def each(x, weight, counts):
+        return torch.cat([part @ matrix for part, matrix in zip(x.split(counts.tolist()), weight, strict=True)])
+
+    return present({"F.grouped_mm": grouped if device == "cuda" else None, "one product per expert": each})
+
+
+def head_peers(device: str, decode: bool) -> Sides:
+    """Return the head with its logits in memory."""
+
+    def logits(hidden, weight, targets, token_weights):
+        losses = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+        return (losses * token_weights.detach()).sum()
+
+    return {"F.cross_entropy of logits": logits}

@@ -47,7 +47,7 @@ def write(out: str | None, device: str, text: str, where: dict, frame: pd.DataFr
     """Write the text to <out>.md, and the rows with the environment to <out>.json.
 
     Args:
-        out: where to, with {device} for the kind of device; None writes nothing.
+        out: where to, with {device} for the kind of device and {name} for its own; None writes nothing.
         device: "cpu" or "cuda".
         text: the table in Markdown and what it says.
         where: the environment.
@@ -55,7 +55,7 @@ def write(out: str | None, device: str, text: str, where: dict, frame: pd.DataFr
     """
     if out is None:
         return
-    stem = Path(out.format(device=device))
+    stem = Path(out.format(device=device, name=where["device"].replace(" ", "-")))
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_name(f"{stem.name}.md").write_text(text)
     found = where | {"rows": json.loads(frame.to_json(orient="records"))}

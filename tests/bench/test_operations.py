@@ -16,11 +16,19 @@ SIZES = {
     "gated_delta_rule": "batch: 1, heads: 2, key_heads: 1, head_dim: 16",
     "ssd": "batch: 1, heads: 2, head_dim: 16, groups: 1, state_size: 16",
     "causal_conv1d": "batch: 1, channels: 8",
+    "sparse_attention": "batch: 1, heads: 2, head_dim: 16, picked: 4",
+    "latent_attention": "batch: 1, heads: 2, head_dim: 24, value_dim: 16, picked: 4",
+    "grouped_matmul": "batch: 1, experts: 3, width: 16, outputs: 16",
+    "linear_cross_entropy": "batch: 1, width: 16, vocabulary: 40",
 }
 MODES = {
     "gated_delta_rule": ["forward+backward", "decode"],
     "ssd": ["forward", "forward+backward", "decode"],
     "causal_conv1d": ["forward+backward"],
+    "sparse_attention": ["forward+backward"],
+    "latent_attention": ["forward"],
+    "grouped_matmul": ["forward+backward"],
+    "linear_cross_entropy": ["forward+backward"],
 }
 SHAPE = {"batch": 1, "heads": 2, "head_dim": 16}
 
