@@ -4,7 +4,7 @@ Both sides have the same shape and the same weights: ours is converted from thei
 two give the same logits. A training step is forward, cross-entropy, backward and AdamW; a prefill is one pass over a
 context that leaves a cache and the last logits; decoding goes on from there token by token. The sides take turns.
 
-Shape letters: B sequences, T tokens, V token ids.
+Shape letters: B sequences, T tokens, D model width, V token ids.
 """
 
 import inspect

@@ -1,4 +1,7 @@
-"""The step in PyTorch, part by part: the definition, and what runs on a CPU."""
+"""The step in PyTorch, part by part: the definition, and what runs on a CPU.
+
+Shape letters: B sequences, C channels of the convolution, W its taps.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -60,7 +60,7 @@ def test_an_adapted_model_begins_as_its_base_bit_for_bit_and_keeps_the_names_of_
 
 
 @every
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_a_merged_model_is_a_plain_one_with_the_logits_of_the_adapters(name, dtype, tolerance):
     model, x = adapted(name).to(dtype), tokens(2)
     want, shapes = model(x), {n: t.shape for n, t in base(name).state_dict().items()}

@@ -62,7 +62,7 @@ def test_counts_are_continued_to_a_larger_problem_as_they_would_be_counted_there
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"smallest": {"length": 64, "channels": 64}}, "enlarge `smallest`"),
+        ({"smallest": {"length": 20, "channels": 128}}, "enlarge `smallest`"),
         (
             {"operation": "ssd", "heads": 4, "groups": 2, "smallest": {"length": 16, "heads": 2, "groups": 2}},
             "must be one number",
@@ -78,7 +78,7 @@ def test_a_problem_that_cannot_be_continued_is_refused(change, words):
 def test_the_command_writes_whole_passes_beside_the_peers_and_every_launch(bench, capsys):
     shape = "{operation: causal_conv1d, dtype: float32, batch: 1, length: 640, channels: 256, "
     shape += "smallest: {length: 64, channels: 128}, peers: {another: {forward: 0.25}}}"
-    path, found, text = bench("ledger=published", f"ledger.shapes=[{shape}]")
+    path, found, text = bench("launches=published", f"launches.shapes=[{shape}]")
     assert path.as_posix() == "results/bench/ledger.json" and text in capsys.readouterr().out
     rows = {(row["pass"], row["launch"]): row for row in found["rows"]}
     for passed in ("forward", "backward"):
@@ -89,5 +89,5 @@ def test_the_command_writes_whole_passes_beside_the_peers_and_every_launch(bench
 
 def test_an_unknown_operation_is_refused_by_name(bench, capsys):
     with pytest.raises(SystemExit):
-        bench("ledger=published", "ledger.shapes=[{operation: conv}]")
+        bench("launches=published", "launches.shapes=[{operation: conv}]")
     assert "no operation 'conv': choose from gated_delta_rule" in capsys.readouterr().err

@@ -234,9 +234,10 @@ FREE = {  # data movement, and elementwise or reducing work of order one FLOP pe
     "empty_like", "eq", "exp", "exp_", "expand", "flip", "floor_divide", "gather", "ge", "gelu", "gt", "index_put_",
     "index_select", "isneginf", "le", "log1p", "lt", "masked_fill", "masked_fill_", "mean", "mT", "mul",
     "native_layer_norm", "neg", "new_empty", "new_zeros", "ones", "ones_like", "permute", "pow", "promote_types",
-    "relu", "remainder", "repeat", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_", "select", "sigmoid",
-    "silu", "sin", "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub", "sub_", "sum", "t",
-    "topk", "transpose", "tril", "unbind", "unfold", "unsqueeze", "view", "where", "xlogy", "zeros", "zeros_like",
+    "relu", "remainder", "repeat", "repeat_interleave", "rsqrt", "rsub", "scalar_tensor", "scatter_", "scatter_add_",
+    "select", "sigmoid", "silu", "sin", "slice", "softplus", "sort", "split", "split_with_sizes", "stack", "sub",
+    "sub_", "sum", "t", "topk", "transpose", "tril", "unbind", "unfold", "unsqueeze", "view", "where", "xlogy",
+    "zeros", "zeros_like",
 }  # fmt: skip
 
 

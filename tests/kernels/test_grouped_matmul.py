@@ -48,7 +48,8 @@ def run(inputs, backend, device="cpu", dtype=None, transposed=False):
 def assert_right(inputs, backend, device, dtype, transposed):
     truth = run(inputs, "reference", dtype=torch.float64)
     plain = [run(inputs, "reference", dtype=dtype, transposed=transposed)]
-    assert_within_twice(run(inputs, backend, device, dtype, transposed), plain, truth)
+    thirds = backend == "triton" and dtype == torch.float32  # products of three TF32 parts, as in the other kernels
+    assert_within_twice(run(inputs, backend, device, dtype, transposed), plain, truth, 8 if thirds else 2)
 
 
 @loads

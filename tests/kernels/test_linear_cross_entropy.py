@@ -42,7 +42,8 @@ def run(inputs, backend, device="cpu", dtype=None, **options):
 def assert_right(inputs, backend, device="cpu", dtype=torch.float32, **options):
     truth = run(inputs, "reference", dtype=torch.float64, **options)
     plain = [run(inputs, "reference", dtype=dtype, **options)]
-    assert_within_twice(run(inputs, backend, device, dtype, **options), plain, truth)
+    thirds = backend == "triton" and dtype == torch.float32  # products of three TF32 parts, as in the other kernels
+    assert_within_twice(run(inputs, backend, device, dtype, **options), plain, truth, 8 if thirds else 2)
 
 
 def rounded(inputs, dtype):

@@ -40,7 +40,8 @@ def run(form, inputs, backend, device="cpu", dtype=None, to_lse=True):
 def assert_triton_is_right(form, device, inputs, dtype=torch.float32):
     truth = run(form, inputs, "reference", dtype=torch.float64)
     plain = [run(form, inputs, backend, dtype=dtype) for backend in ("reference", "torch")]
-    assert_within_twice(run(form, inputs, "triton", device, dtype), plain, truth)
+    factor = 8 if dtype == torch.float32 else 2  # products of float32 are three of TF32 parts, as in the other kernels
+    assert_within_twice(run(form, inputs, "triton", device, dtype), plain, truth, factor)
 
 
 def with_indices(inputs, rows):
