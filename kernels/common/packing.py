@@ -1,7 +1,6 @@
 """Sequences of several lengths, packed one after the other, and how they are cut into chunks."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,31 +9,14 @@ from torch import Tensor
 FEW_TOKENS = 8  # of a sequence, that Triton backends decode one by one
 
 
-class Chunks(NamedTuple):
-    """Chunks of packed sequences. There may be more of them than needed: those are empty.
-
-    Attributes:
-        begins, ends: [chunks] int32, the tokens of each chunk: from its begin to at most the end of its sequence.
-        sequences: [chunks] int32, the sequence of each chunk.
-        firsts: [sequences + 1] int32, the first chunk of each sequence.
-    """
-
-    begins: Tensor
-    ends: Tensor
-    sequences: Tensor
-    firsts: Tensor
-
-
 def sequence_count(batch: int, cu_seqlens: Tensor | None) -> int:
     """Return the number of sequences, each with a state: rows of the batch, or what lies packed in the one row."""
     return batch if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-def boundaries(batch: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
-    """Return cu_seqlens; where it is None, that of the rows of the batch laid one after the other. What was not checked
-    on its way to a GPU is bent so that every token is of one sequence: kernels never reach out of bounds."""
-    if cu_seqlens is None:
-        return torch.arange(batch + 1, device=like.device) * tokens
+def boundaries(tokens: int, cu_seqlens: Tensor) -> Tensor:
+    """Return cu_seqlens. What was not checked on its way to a GPU is bent so that every token is of one sequence:
+    kernels never reach out of bounds."""
     inner = cu_seqlens[1:-1].clamp(0, tokens).cummax(0).values
     return F.pad(F.pad(inner, (1, 0)), (0, 1), value=tokens)
 
@@ -80,17 +62,3 @@ def slot_count(rows: int, tokens: int, cu_seqlens: Tensor | None, size: int) -> 
     """Return how many slots of `size` tokens, as kernels/common/slots.py numbers them, sequences have: the rows of a
     batch, or those packed in the one row."""
     return rows * max(1, -(-tokens // size)) if cu_seqlens is None else tokens // size + sequence_count(1, cu_seqlens)
-
-
-def chunks_of(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
-    """Return the chunks of `size` tokens of packed sequences, on the device of cu_seqlens and without waiting for
-    it."""
-    lengths = cu_seqlens.diff()
-    firsts = torch.cat([lengths.new_zeros(1), ((lengths + size - 1) // size).cumsum(0)])
-    chunk = torch.arange(chunk_count(tokens, len(lengths), size), device=cu_seqlens.device)
-    sequence = torch.searchsorted(firsts, chunk, right=True) - 1
-    real = sequence < len(lengths)
-    sequence = sequence.clamp(max=len(lengths) - 1)
-    begins = torch.where(real, cu_seqlens[sequence] + (chunk - firsts[sequence]) * size, 0)
-    ends = torch.where(real, cu_seqlens[sequence + 1], 0)
-    return Chunks(begins.int(), ends.int(), sequence.int(), firsts.int())

@@ -10,33 +10,6 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(pointer, rows, inside, heads, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first):
-    """Return rows [C, BLOCK_D] from column `first` of a head, 0 outside, as float32. pointer: [tokens, heads, D]."""
-    columns = first + tl.arange(0, BLOCK_D)
-    at = (rows.to(tl.int64)[:, None] * heads + head) * D + columns[None]
-    return tl.load(pointer + at, mask=inside[:, None] & (columns < D)[None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def put(pointer, x, rows, inside, heads, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first):
-    """Store x [C, BLOCK_D] where `tile` reads it."""
-    columns = first + tl.arange(0, BLOCK_D)
-    at = (rows.to(tl.int64)[:, None] * heads + head) * D + columns[None]
-    tl.store(pointer + at, x.to(pointer.dtype.element_ty), mask=inside[:, None] & (columns < D)[None])
-
-
-@triton.jit
-def gate_sums(g, rows, inside, HV, hv):
-    """Return the sums of g within the chunk, [C] in float64; after the last token they stay."""
-    return tl.cumsum(tl.load(g + rows.to(tl.int64) * HV + hv, mask=inside, other=0.0).to(tl.float64), 0)
-
-
-@triton.jit
-def last_of(sums, C: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, C) == C - 1, sums, 0.0), 0)
-
-
-@triton.jit
 def decay_between(sums, strict: tl.constexpr, C: tl.constexpr):
     """Return e^{sums_i - sums_j} [C, C] below the diagonal, and on it unless strict; 0 above. Strong gates sum to
     hundreds, of which float32 would lose the small differences: what it loses of each sum is taken along."""

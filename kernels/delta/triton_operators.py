@@ -19,7 +19,7 @@ from kernels.common.launch import (
     power_of_two,
     precision_for,
 )
-from kernels.common.packing import chunk_count, takes_steps
+from kernels.common.packing import boundaries, chunk_count, takes_steps
 from kernels.delta import triton_kernels as kernels
 from kernels.delta.chunked import gated_delta_rule_flops
 
@@ -254,6 +254,7 @@ def gated_delta_rule_triton(
     """
     check_dtype(v)
     (B, T, _, K), V = q.shape, v.shape[3]
+    cu_seqlens = None if cu_seqlens is None else boundaries(T, cu_seqlens)
     q, k, v = (_tokens(x) for x in (q, k, v))
     g, beta = (x.flatten(0, 1).contiguous() for x in (g, beta))
     others = [x if x is None else x.contiguous() for x in (initial_state, A_log, dt_bias)]
