@@ -38,8 +38,8 @@ studies: $(READY)  ## every study of configs/study, again where it is not finish
 
 bench-gpu: $(READY)  ## on a machine with a GPU: every check of the kernels, then every race, to results/bench/<device>
 	$(BIN)/python -m pytest -q -n 4 tests/kernels -m 'not slow'
-	$(BIN)/python -m experiments.bench kernels=recurrent kernels.out='results/bench/{name}/recurrent'
-	$(BIN)/python -m experiments.bench kernels=attending kernels.out='results/bench/{name}/attending'
+	$(BIN)/python -m experiments.bench kernels=recurrent kernels.out="'results/bench/{name}/recurrent'"
+	$(BIN)/python -m experiments.bench kernels=attending kernels.out="'results/bench/{name}/attending'"
 
 # On a machine whose own Python already has a CUDA build of torch, the environment sees that one; elsewhere torch comes
 # as constraints.txt pins it.

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 from datetime import date
 from pathlib import Path
@@ -55,7 +56,7 @@ def write(out: str | None, device: str, text: str, where: dict, frame: pd.DataFr
     """
     if out is None:
         return
-    stem = Path(out.format(device=device, name=where["device"].replace(" ", "-")))
+    stem = Path(out.format(device=device, name=re.sub("[^A-Za-z0-9]+", "-", where["device"]).strip("-")))
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_name(f"{stem.name}.md").write_text(text)
     found = where | {"rows": json.loads(frame.to_json(orient="records"))}
