@@ -18,8 +18,9 @@ GPUs but paths through PyTorch's own: `block_rows.py` is its fast path on a CPU,
 
 `common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
 Triton kernels with their block sizes, and Triton functions on tiles. A new operation is a folder with these files,
-its block sizes in `common/launch.py`, a line here, and a case in `tests/kernels/cases.py`, by which it is held to the
-duties of all. `hugging_face.py` keeps this package apart from one of the same name.
+its block sizes in `common/launch.py`, a line here, its calls in `experiments/bench/compiled.py`, and tests: a recurrent
+one a case in `tests/kernels/cases.py`, by which it is held to the duties of all, the others a file of their own.
+`hugging_face.py` keeps this package apart from one of the same name.
 """
 
 from kernels.common.arguments import check_boundaries
