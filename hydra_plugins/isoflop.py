@@ -29,7 +29,7 @@ class IsoFlopSweeper(Sweeper):
             config = loader.load_sweep_config(given, [*arguments, *overrides])
             with open_dict(config):
                 config.session.root = str(config.session.root)  # it may go by the name of the sweep
-                del config.hydra, config.sweep, config.until, config.limit
+                del config.hydra, config.sweep, config.until, config.limit, config.hardware
             return config
 
         def launch(files: list[Path], first: int) -> None:

@@ -1,6 +1,6 @@
 """What a sweep would run and what it would tell apart, before it runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 from rich.table import Table
@@ -10,40 +10,51 @@ from experiments.scaling.design import Cell
 from experiments.scaling.joint import join
 from experiments.scaling.power import planned_power
 from experiments.scaling.results import Power
+from experiments.sweeps.hardware import Hardware, Range, between
 from experiments.sweeps.plan import Arm, Plan
 from experiments.sweeps.prices import prices
-from experiments.sweeps.progress import duration
 
 MOST = 2.0  # times the estimate: what is added on the way, and workers that share a machine (docs/measurements.md)
 
 
 def describe(
-    plan: Plan, arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame, noise: float
+    plan: Plan,
+    arms: Mapping[str, Arm],
+    cells: Sequence[Cell],
+    rows: pd.DataFrame,
+    noise: float,
+    hardware: Hardware | None = None,
 ) -> Iterator[Table | str]:
     """Yields what to print: every cell that is expected with its FLOPs and an estimate of its time, and the design's
     power.
 
-    noise: standard deviation of ln(loss) of a run, where the ledger's rows do not say.
+    noise: standard deviation of ln(loss) of a run, where the ledger's rows do not say. hardware: what the times are
+    of, None for this machine.
     """
     table = Table(title=f"{plan.name}: {len(cells)} cells, nothing is run")
     for column in ("stage", "arm"):
         table.add_column(column)
-    for column in ("budget", "width", "depth", "parameters", "tokens", "steps", "FLOPs", "seconds"):
+    for column in ("budget", "width", "depth", "parameters", "tokens", "steps", "FLOPs", "time"):
         table.add_column(column, justify="right")
-    price = prices(arms, cells, rows)
-    total = 0.0
+    price = hardware.prices(arms, cells) if hardware else _prices_here(arms, cells, rows)
     for cell in cells:
-        seconds = price(cell)
-        total += seconds
         numbers = (f"{cell.budget:.3g}", cell.width, cell.depth, f"{cell.params:,}", f"{cell.tokens:,}", cell.steps)
-        table.add_row(cell.kind, cell.arm, *map(str, numbers), f"{cell.flops:.4g}", f"{seconds:.0f}")
+        table.add_row(cell.kind, cell.arm, *map(str, numbers), f"{cell.flops:.4g}", between(price(cell)))
     yield table
-    flops = sum(cell.flops for cell in cells)
-    time = f"{duration(total)} to {duration(MOST * total)}"
-    yield f"{flops:.3g} FLOPs in all, {time} of one thread; as many cells as a launcher has jobs run at a time"
+    if hardware:
+        yield from hardware.describe(cells, price)
+    else:
+        flops, total = sum(cell.flops for cell in cells), [sum(one) for one in zip(*map(price, cells), strict=True)]
+        told = f"{between(total)} of one thread; as many cells as a launcher has jobs run at a time"
+        yield f"{flops:.3g} FLOPs in all, {told}"
     if plan.settings["recentre"] and len(plan.budgets) > 2:
         yield "Sizes from the third budget on are a guess: they will be laid around what the smaller budgets find."
     yield from describe_power(plan, arms, [cell for cell in cells if cell.kind == "fit"], rows, noise)
+
+
+def _prices_here(arms: Mapping[str, Arm], cells: Sequence[Cell], rows: pd.DataFrame) -> Callable[[Cell], Range]:
+    price = prices(arms, cells, rows)
+    return lambda cell: (price(cell), MOST * price(cell))
 
 
 def describe_power(

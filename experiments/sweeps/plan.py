@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.data.token_data import TokenData
 from experiments.harness.assembly import Measured, measure, spend
 from experiments.harness.identity import models_of, plain, run_of
+from experiments.harness.parts import build
 from experiments.harness.weights import load_trained
 from experiments.scaling.design import BROKEN, Addition, Cell, Corpus, Design
 from objectives.post_training.tuning import Trained
@@ -157,6 +158,11 @@ class Arm:
         wanted = nearest_width(self.params, self.params(width) * factor, step)
         beyond = max(wanted, width + step) if factor > 1 else min(wanted, width - step)
         return beyond if beyond >= step else None
+
+    def evaluations(self, cell: Cell) -> int:
+        """The number of held-out evaluations in a cell's run."""
+        evaluation = self.measure(cell.width).evaluation_flops(self.data)
+        return build(self.config.trainer).evaluations_in(cell.flops, evaluation)
 
     def cell(self, kind: str, budget: float, width: int, seed: int, learning_rate: float | None) -> Cell:
         """Plan one cell.

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import DictConfig
 from scipy.optimize import nnls
 
-from experiments.harness.assembly import spend
+from experiments.data.token_data import TokenData
+from experiments.harness.assembly import Measured, spend
+from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
 from experiments.harness.parts import build, build_model
 from experiments.scaling.design import Cell
@@ -72,28 +75,40 @@ def measured(arm: Arm, smallest: Cell, largest: Cell) -> Price:
     return Price(SET_UP, max(0.0, small_step - flop * small_flops), flop, per_token)
 
 
+class Training:
+    """A run's training without a harness, step by step on its first batch, for what a step takes."""
+
+    def __init__(self, config: DictConfig, data: TokenData, measured: Measured, allocation: Allocation):
+        trainer = build(config.trainer)
+        self.objective, self.gradient_clip = measured.objective, trainer.gradient_clip
+        self.model = build_model(config, self.objective)
+        self.optimiser = measured.optimiser.build(self.model.roles(), self.model.width, allocation.tokens)
+        self.batches = DataModule(data, allocation, config.seed, config.data.packed, trainer.evaluation_batch)
+        self.batch = next(iter(self.batches.train_dataloader()))
+        self.objective.begin(self.model)
+
+    def step(self) -> None:
+        """Train one step."""
+        generator = torch.Generator().manual_seed(0)
+        self.objective.loss(
+            self.model, self.objective.experience(self.model, self.batch, generator), generator
+        ).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
 def _time(arm: Arm, cell: Cell) -> tuple[float, float, float]:
     """Seconds of a training step and of an evaluation, and the FLOPs of a step."""
     config, sized = arm.configure(cell), arm.measure(cell.width)
-    allocation, objective = spend(config, arm.data, sized), sized.objective
-    model, trainer = build_model(config, objective), build(config.trainer)
-    optimiser = sized.optimiser.build(model.roles(), model.width, allocation.tokens)
-    evaluation_batch = trainer.evaluation_batch
-    module = DataModule(arm.data, allocation, config.seed, config.data.packed, evaluation_batch)
-    batch, took = next(iter(module.train_dataloader())), []
-    objective.begin(model)
+    training, took = Training(config, arm.data, sized, spend(config, arm.data, sized)), []
     for _ in range(1 + STEPS):
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(0)
-        objective.loss(model, objective.experience(model, batch, generator), generator).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.gradient_clip)
-        optimiser.step()
-        optimiser.zero_grad()
+        training.step()
         took.append(time.perf_counter() - start)
-    heldout = next(iter(module.val_dataloader()))
+    heldout = next(iter(training.batches.val_dataloader()))
     start = time.perf_counter()
     with torch.no_grad():
-        objective.evaluate(model, heldout, torch.Generator().manual_seed(0))
+        training.objective.evaluate(training.model, heldout, torch.Generator().manual_seed(0))
     once = (time.perf_counter() - start) * len(arm.data.heldout) / heldout.tokens_BT.numel()
-    times = trainer.evaluations_in(allocation.flops, sized.evaluation_flops(arm.data))
-    return min(took[1:]), once * times, sized.costs.flops_per_token * batch.tokens_BT.numel()
+    return min(took[1:]), once * arm.evaluations(cell), sized.costs.flops_per_token * training.batch.tokens_BT.numel()

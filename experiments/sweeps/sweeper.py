@@ -13,7 +13,7 @@ from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
 from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
-from experiments.harness.parts import open_data
+from experiments.harness.parts import build, open_data
 from experiments.harness.settings import check_run
 from experiments.report import report
 from experiments.scaling.analysis import analyse
@@ -41,7 +41,7 @@ class Sweep:
     """A plan that is carried out.
 
     Args:
-        config: the settings, checked, of which `sweep`, `until` and `limit` are the sweep's.
+        config: the settings, checked, of which `sweep`, `until`, `limit` and `hardware` are the sweep's.
         compose: overrides -> the config of a run, with its session but without those.
         launch: runs configs of runs that lie in these files, numbered from `first`.
         arguments: of the command, for the plan to say what made it.
@@ -61,6 +61,9 @@ class Sweep:
         self.launch, self.launched = launch, 0
         self.console = console()
         self.settings, run = config.sweep, compose([])
+        self.hardware = build(config.hardware) if config.hardware else None
+        if self.hardware and not self.settings.dry_run:
+            raise ValueError(f"hardware={self.hardware.name!r} prices a dry run: add --dry-run, or leave hardware out")
         check_run(plain(run))
         self.wish = read_wish(config.until, config.limit)
         self.folder = Path(run.session.root)
@@ -81,7 +84,9 @@ class Sweep:
         """Run what is missing, stage by stage, and write the report; or, as a dry run, print the plan."""
         if self.settings.dry_run:
             cells = [cell for arm in self.arms.values() for cell in make_cells(arm, self.settings)]
-            for line in describe(self.plan, self.arms, cells, ledger.read(self.ledger), self.settings.noise):
+            for line in describe(
+                self.plan, self.arms, cells, ledger.read(self.ledger), self.settings.noise, self.hardware
+            ):
                 self.console.print(line)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
