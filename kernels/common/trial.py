@@ -52,8 +52,8 @@ def triton_is_right(operation: Operation, dtype: torch.dtype, device: str, sizes
 
 @functools.cache
 def _tried(operation: Operation, dtype: torch.dtype, device: str, sizes: tuple[tuple[str, int], ...]) -> bool:
-    inputs = operation.random_problem(TOKENS, batch=1, **dict(sizes), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(False), torch.autocast(torch.device(device).type, enabled=False):
+        inputs = operation.random_problem(TOKENS, batch=1, **dict(sizes), generator=torch.Generator().manual_seed(0))
         try:
             side = operation.on_backend("triton")
             error = error_against_reference(side, operation, inputs, device, dtype, operation.differentiable)
