@@ -1,5 +1,4 @@
-"""Triton functions that find the chunks of L tokens of sequences, without a table of them, and that load and store
-their tokens.
+"""Triton functions that find the chunks of L tokens of sequences, without a table of them.
 
 Sequences are the rows of a batch, `length` tokens each, or lie packed in one row of `length` tokens between the places
 in cu_seqlens. Chunk i of the n-th sequence has a slot of its own: n * (chunks of a sequence) + i, or packed, where the
@@ -40,29 +39,3 @@ def chunk_at(slot, cu_seqlens, length, sequences, L: tl.constexpr):
             n += tl.sum(((i < sequences) & (begins // L + i <= slot)).to(tl.int32), 0)
     begin, end, first_slot = sequence_at(n, cu_seqlens, length, sequences, L)
     return n, begin, end, begin + (slot - first_slot) * L
-
-
-@triton.jit
-def columns_at(pointer, begin, end, ROW, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, L: tl.constexpr):
-    """Return pointers [L, BLOCK_D] to the tokens from `begin` on, ROW numbers apart, from column `first` of a head of D
-    columns, and a mask of those that exist."""
-    i, j = tl.arange(0, L), first + tl.arange(0, BLOCK_D)
-    exist = (begin + i < end)[:, None]
-    if D % BLOCK_D:
-        exist &= (j < D)[None]
-    # One large offset and many small ones.
-    return pointer + (begin.to(tl.int64) * ROW + head * D) + (i[:, None] * ROW + j[None]), exist
-
-
-@triton.jit
-def tokens(pointer, begin, end, ROW, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, L: tl.constexpr):
-    """Return what lies at `columns_at`, 0 where nothing exists, as it is in memory."""
-    at, exist = columns_at(pointer, begin, end, ROW, head, D, BLOCK_D, first, L)
-    return tl.load(at, mask=exist, other=0.0)
-
-
-@triton.jit
-def put(x, pointer, begin, end, ROW, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, L: tl.constexpr):
-    """Store x [L, BLOCK_D] at `columns_at`."""
-    at, exist = columns_at(pointer, begin, end, ROW, head, D, BLOCK_D, first, L)
-    tl.store(at, x.to(pointer.dtype.element_ty), mask=exist)

@@ -1,6 +1,7 @@
 """Triton functions that the chunked kernels share.
 
-Sequences lie packed one after the other; a program has the tokens `rows` of a chunk, of which those `inside` exist.
+The tokens of a chunk are those from `at` on, before `end`, in memory ROW numbers apart; kernels/common/slots.py finds
+them.
 
 Shape letters: C tokens of a chunk, D dimensions of a head, of which a program holds BLOCK_D; HV heads with a gate.
 """
@@ -24,6 +25,14 @@ def decay_between(sums, strict: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + e^x), also where e^x is lost beside 1."""
+    small = tl.exp(-tl.abs(x))
+    more = 1.0 + small
+    return tl.maximum(x, 0.0) + tl.where(more == 1.0, small, tl.log(more) * (small / tl.maximum(more - 1.0, 1e-37)))
 
 
 @triton.jit
@@ -66,13 +75,8 @@ def through_ends(from_start, to_last, C: tl.constexpr):
     return tl.sum(tl.where(i >= j, from_start[:, None], to_last[:, None]), 0)
 
 
-# The same without a table of chunks: tokens from `at` on, before `end`, that lie ROW numbers apart, in their own dtype.
-
-
 @triton.jit
-def columns_at(
-    pointer, at, end, ROW: tl.constexpr, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, C: tl.constexpr
-):
+def columns_at(pointer, at, end, ROW, head, D: tl.constexpr, BLOCK_D: tl.constexpr, first, C: tl.constexpr):
     """Return pointers [C, BLOCK_D] to the tokens from `at` on, from column `first` of a head, and a mask of those that
     exist."""
     i, j = tl.arange(0, C), first + tl.arange(0, BLOCK_D)

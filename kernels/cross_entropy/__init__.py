@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.arguments import is_transformed
-from kernels.common.dispatch import choose_backend
+from kernels.common.dispatch import choose_backend, refuse_transforms
 from kernels.common.operation import Operation
 from kernels.cross_entropy.blocks import linear_cross_entropy_flops
 from kernels.cross_entropy.operators import forward
@@ -91,11 +91,7 @@ def linear_cross_entropy(
     )
     with torch.autocast(device, enabled=False):
         if chosen == "reference" or is_transformed(hidden, weight, bias):
-            if backend == "triton":
-                raise ValueError(
-                    "backend 'triton' of linear_cross_entropy has no torch.func transforms and no forward-mode "
-                    "derivatives: choose 'reference' for them"
-                )
+            refuse_transforms("linear_cross_entropy", backend, hidden, weight, bias)
             return linear_cross_entropy_reference(hidden, weight, bias, targets, token_weights, soft_cap, z_loss, dtype)
         recorded = torch.is_grad_enabled()
         wanted = [recorded and any(x is not None and x.requires_grad for x in xs) for xs in ((hidden,), (weight, bias))]

@@ -6,11 +6,9 @@ sequences: B, or those packed in the one row.
 
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.common.arguments import (
-    at_least_float32,
     check_dimensions,
     check_floating,
     check_packed,
@@ -19,6 +17,7 @@ from kernels.common.arguments import (
     without_autocast,
 )
 from kernels.common.dispatch import backend_for_transforms, choose_backend
+from kernels.common.gates import log_decay, unit
 from kernels.common.operation import Operation
 from kernels.common.packing import run_each_sequence, sequence_count
 from kernels.delta.chunked import gated_delta_rule_chunked, gated_delta_rule_flops
@@ -116,11 +115,9 @@ def gated_delta_rule(
                 q, k, v, g, beta, initial_state, scale, cu_seqlens, A_log, dt_bias, use_qk_l2norm, output_final_state
             )
         if A_log is not None and dt_bias is not None:
-            dtype = at_least_float32(g)
-            g = -A_log.to(dtype).exp() * F.softplus(g.to(dtype) + dt_bias.to(dtype))
+            g = log_decay(g, A_log, dt_bias)
         if use_qk_l2norm:
-            dtype = at_least_float32(q)
-            q, k = (x.to(dtype) * (x.to(dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+            q, k = unit(q), unit(k)
         state = state_or_zeros(initial_state, state_shape, like=q)
         run = partial(BACKENDS[backend], scale=scale)
         o, final_state = run_each_sequence(run, [q, k, v, g, beta], state, cu_seqlens, like=v)

@@ -16,8 +16,8 @@ are in memory; but for `gradients_kernel`, which divides q and k by their norms 
 dtype, of float32 in three parts of TF32 that together keep its precision; sums are float32, those of g float64, since
 float32 loses the small differences of strong gates. Nothing is added atomically, so two runs are equal bit for bit.
 
-Chunks need no table: chunk i of the sequence that begins at token b and is the n-th has slot b // C + n + i, or
-n * (chunks of a sequence) + i where all are equally long.
+Chunks have slots as in kernels/common/slots.py. The functions that find them stand here once more, without its guard of
+boundaries (the operators bend those beforehand) and of empty sequences: with it more registers spill.
 
 Shape letters: C tokens of a chunk (T of a sequence in decoding), H key heads of K dimensions, HV value heads of V
 dimensions. BLOCK_K and BLOCK_V are the dimensions that a program holds; ROW_Q, ROW_K and ROW_V the numbers from one
@@ -33,6 +33,7 @@ from kernels.common.tiles import (
     product,
     put_state,
     put_tokens,
+    softplus,
     state,
     through_ends,
     through_pairs,
@@ -102,14 +103,6 @@ def inverse_of(a, PART: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
             below = (block[:, None] == block[None] + 1) & (block % 2 == 1)[:, None]
             whole += product(whole, product(tl.where(below, -a, 0.0), whole, PRECISION), PRECISION)
     return whole
-
-
-@triton.jit
-def softplus(x):
-    """Return log(1 + e^x), also where e^x is lost beside 1."""
-    small = tl.exp(-tl.abs(x))
-    more = 1.0 + small
-    return tl.maximum(x, 0.0) + tl.where(more == 1.0, small, tl.log(more) * (small / tl.maximum(more - 1.0, 1e-37)))
 
 
 @triton.jit

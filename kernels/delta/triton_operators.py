@@ -19,7 +19,7 @@ from kernels.common.launch import (
     power_of_two,
     precision_for,
 )
-from kernels.common.packing import boundaries, chunk_count, takes_steps
+from kernels.common.packing import boundaries, sequence_count, slot_count, takes_steps
 from kernels.delta import triton_kernels as kernels
 from kernels.delta.chunked import gated_delta_rule_flops
 
@@ -32,14 +32,9 @@ def chunk_for(K: int, V: int, dtype: torch.dtype) -> int:
     return 64 if max(K, V) <= (32 if dtype == torch.float32 else 128) else 32
 
 
-def _sequences(q: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
-    return len(cu_seqlens) - 1 if cu_seqlens is not None else q.shape[0] // max(length, 1)
-
-
 def _slots(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
-    """Return how many slots the chunks take (see triton_kernels.py)."""
-    sequences, C = _sequences(q, cu_seqlens, length), chunk_for(q.shape[2], v.shape[2], v.dtype)
-    return sequences * -(-length // C) if cu_seqlens is None else chunk_count(q.shape[0], sequences, C)
+    """Return how many slots the chunks take."""
+    return slot_count(q.shape[0] // length, length, cu_seqlens, chunk_for(q.shape[2], v.shape[2], v.dtype))
 
 
 def _launchers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, length: int, scale: float):
@@ -47,7 +42,7 @@ def _launchers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengt
     the one that makes the gradients of a chunk."""
     (_, H, K), (HV, V) = q.shape, v.shape[1:]
     sizes = block_sizes("gated_delta_rule", K * v.element_size() // 2, q)
-    C, sequences = chunk_for(K, V, v.dtype), _sequences(q, cu_seqlens, length)
+    C, sequences = chunk_for(K, V, v.dtype), sequence_count(q.shape[0] // length, cu_seqlens)
     BLOCK_V = fill_card(block_for(V, sizes.columns), V, HV * sequences, q)
     named = {"cu_seqlens": cu_seqlens, "length": length, "sequences": sequences, "HV": HV, "H": H, "K": K, "V": V}
     named |= {"ROW_Q": q.stride(0), "ROW_K": k.stride(0), "ROW_V": v.stride(0), "C": C, "PART": kernels.PART}
@@ -74,7 +69,7 @@ def _made(
     single = partial(torch.empty, dtype=torch.float32, device=q.device)
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        single((_sequences(q, cu_seqlens, length), HV, K, V) if final else 0),
+        single((sequence_count(T // length, cu_seqlens), HV, K, V) if final else 0),
         torch.empty((T, HV, chunk_for(K, V, v.dtype)), dtype=v.dtype, device=v.device),
         torch.empty((T, HV), dtype=torch.float64, device=v.device),
         single((T, H) if norms else 0),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.common.arguments import at_least_float32, without_autocast
+from kernels.common.gates import log_decay, unit
 
 
 def gated_delta_step_reference(
@@ -21,18 +22,13 @@ def gated_delta_step_reference(
         window_BWC = torch.cat([conv, qkv[:, None].to(conv.dtype)], dim=1)
         x_BC = F.silu((window_BWC.to(exact) * conv_weight.to(exact).T).sum(1))
         q, k, v = x_BC.split([H * K, H * K, HV * V], dim=1)
-        q, k = (_normalised(x.unflatten(1, (H, K))).repeat_interleave(HV // H, 1) for x in (q, k))
+        q, k = (unit(x.unflatten(1, (H, K))).repeat_interleave(HV // H, 1) for x in (q, k))
         S = memory
         if a is not None and A_log is not None and dt_bias is not None:
-            g = -A_log.to(exact).exp() * F.softplus(a.to(exact) + dt_bias.to(exact))
-            S = S * g.exp()[:, :, None, None]
+            S = S * log_decay(a.to(exact), A_log, dt_bias).exp()[:, :, None, None]
         stored = (S * k[..., None]).sum(2)
         written = b.to(exact).sigmoid()[..., None] * (v.unflatten(1, (HV, V)) - stored)
         S = S + k[..., None] * written[:, :, None]
         o = K**-0.5 * (S * q[..., None]).sum(2)
         y = o * (o.square().mean(-1, keepdim=True) + eps).rsqrt() * norm_weight.to(exact) * F.silu(z.to(exact))
     return y.to(z.dtype), window_BWC[:, 1:].contiguous(), S.to(memory.dtype)
-
-
-def _normalised(x: Tensor) -> Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -9,6 +9,8 @@ Shape letters: H key heads of K dimensions, HV value heads of V dimensions, C ch
 import triton
 import triton.language as tl
 
+from kernels.common.tiles import softplus
+
 
 @triton.jit
 def convolved(qkv, conv, conv_weight, conv_after, sequence, channels, exist, writes, C, W: tl.constexpr):
@@ -53,10 +55,7 @@ def step_kernel(
     S = tl.load(memory + at, mask=exist, other=0.0)
     if DECAYS:
         x = tl.load(a + head).to(tl.float32) + tl.load(dt_bias + hv).to(tl.float32)
-        small = tl.exp(-tl.abs(x))
-        # log(1 + small), of which float32 would lose what is left of small decays.
-        softplus = tl.maximum(x, 0.0) + tl.where(small < 1e-3, small - 0.5 * small * small, tl.log(1.0 + small))
-        S *= tl.exp(-tl.exp(tl.load(A_log + hv).to(tl.float32)) * softplus)
+        S *= tl.exp(-tl.exp(tl.load(A_log + hv).to(tl.float32)) * softplus(x))
     beta = tl.sigmoid(tl.load(b + head).to(tl.float32))
     S += k_K[:, None] * (beta * (v_V - tl.sum(S * k_K[:, None], 0)))[None]
     tl.store(memory_after + at, S, mask=exist)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.arguments import is_transformed
-from kernels.common.dispatch import choose_backend
+from kernels.common.dispatch import choose_backend, refuse_transforms
 from kernels.common.operation import Operation
 from kernels.grouped.operators import product
 from kernels.grouped.problems import random_problem
@@ -62,11 +62,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, *, backend: str = 
     sizes = {"experts": 4, "width": x.shape[1], "outputs": weight.shape[2]}
     chosen = choose_backend(OPERATION, backend, ["reference", "torch", "triton"], "torch", x, **sizes)
     if chosen == "reference" or is_transformed(x, weight):
-        if backend == "triton":
-            raise ValueError(
-                "backend 'triton' of grouped_matmul has no torch.func transforms and no forward-mode derivatives: "
-                "choose 'reference' for them"
-            )
+        refuse_transforms("grouped_matmul", backend, x, weight)
         return grouped_matmul_reference(x, weight, counts)
     return product(x, weight, counts, chosen)
 

@@ -75,7 +75,8 @@ def lightning_indexer_blocks(
 
 
 @lightning_indexer_blocks.register_fake
-def _(q, k, weights, cu_seqlens, topk, causal):
+def empty_picks(q, k, weights, cu_seqlens, topk, causal) -> Tensor:
+    """Return memory for picks [B, T, topk] int32, for operators that are traced."""
     return q.new_empty(*q.shape[:2], topk, dtype=torch.int32)
 
 

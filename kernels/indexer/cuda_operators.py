@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.indexer.blocks import count_flops, queries_at_once
+from kernels.indexer.blocks import count_flops, empty_picks, queries_at_once
 from kernels.indexer.ranges import visible_ranges
 
 SOURCE = Path(__file__).parent / "cuda" / "lightning_indexer.cu"
@@ -80,11 +80,7 @@ def lightning_indexer(
     return out
 
 
-@lightning_indexer.register_fake
-def _(q, k, weights, cu_seqlens, topk, causal):
-    return q.new_empty(*q.shape[:2], topk, dtype=torch.int32)
-
-
+lightning_indexer.register_fake(empty_picks)
 register_flop_formula(torch.ops.archipelago.lightning_indexer_cuda)(count_flops)
 
 

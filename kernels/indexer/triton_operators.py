@@ -18,7 +18,7 @@ from kernels.common.launch import (
     precision_for,
 )
 from kernels.indexer import triton_kernels as kernels
-from kernels.indexer.blocks import count_flops, queries_at_once
+from kernels.indexer.blocks import count_flops, empty_picks, queries_at_once
 from kernels.indexer.ranges import visible_ranges
 
 LARGEST_HEAD = 256
@@ -54,11 +54,7 @@ def lightning_indexer(
     return out
 
 
-@lightning_indexer.register_fake
-def _(q, k, weights, cu_seqlens, topk, causal):
-    return q.new_empty(*q.shape[:2], topk, dtype=torch.int32)
-
-
+lightning_indexer.register_fake(empty_picks)
 register_flop_formula(torch.ops.archipelago.lightning_indexer)(count_flops)
 
 

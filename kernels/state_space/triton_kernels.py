@@ -26,21 +26,12 @@ heads that a program takes, ROW_ how far tokens lie apart. See kernels/common/sl
 import triton
 import triton.language as tl
 
-from kernels.common.slots import chunk_at, put, sequence_at, tokens
-from kernels.common.tiles import state_at
+from kernels.common.slots import chunk_at, sequence_at
+from kernels.common.tiles import put_tokens, softplus, state_at, tokens
 
 # No decay is taken as stronger: e^-120 is 0 in float32, and larger sums, as of -inf, would lose what follows a reset.
 LEAST = tl.constexpr(-120.0)
 GATES = tl.constexpr(3)
-
-
-@triton.jit
-def softplus(x):
-    """Return log(1 + e^x), also where e^x is lost beside 1."""
-    small = tl.exp(-tl.abs(x))
-    more = 1.0 + small
-    exact = tl.where(more == 1.0, small, tl.log(more) * (small / tl.where(more == 1.0, 1.0, more - 1.0)))
-    return tl.maximum(x, 0.0) + exact
 
 
 @triton.jit
@@ -192,9 +183,9 @@ def outputs_kernel(
                     y_LP *= z_LP * s
                 else:
                     dy_LP = tokens(dy, begin, end, H * P, h, P, BLOCK_P, p, L).to(tl.float32)
-                    put(dy_LP * z_LP * s, dgated, begin, end, H * P, h, P, BLOCK_P, p, L)
+                    put_tokens(dy_LP * z_LP * s, dgated, begin, end, H * P, h, P, BLOCK_P, p, L)
                     y_LP *= dy_LP * s * (1 + z_LP * (1 - s))
-            put(y_LP, y, begin, end, H * P, h, P, BLOCK_P, p, L)
+            put_tokens(y_LP, y, begin, end, H * P, h, P, BLOCK_P, p, L)
 
 
 @triton.jit(do_not_specialize=["T", "H", "G", "least", "most"])
@@ -282,7 +273,7 @@ def values_gradient_kernel(
             if D is not None:
                 dx_LP += tl.load(D + h).to(tl.float32) * dy_LP.to(tl.float32)
                 dweight += tl.sum(x_wide * dy_LP.to(tl.float32))
-            put(dx_LP, dx, begin, end, H * P, h, P, BLOCK_P, p, L)
+            put_tokens(dx_LP, dx, begin, end, H * P, h, P, BLOCK_P, p, L)
         # Of every gate t and reader i the sum of the pairs j < t, then of those the readers from t on; the pairs
         # would overflow in float16.
         pairs = tl.where(j < i, dM * M * step[:, None], 0.0)
@@ -342,8 +333,8 @@ def keys_gradient_kernel(
     dC_LN += product(tl.trans(dscores), b_LN, dtype, PRECISION)
     all_tokens = T if cu_seqlens is not None else T * sequences
     skipped = part.to(tl.int64) * all_tokens * G * N
-    put(dB_LN, dB + skipped, begin, end, G * N, group, N, BLOCK_N, 0, L)
-    put(dC_LN, dC + skipped, begin, end, G * N, group, N, BLOCK_N, 0, L)
+    put_tokens(dB_LN, dB + skipped, begin, end, G * N, group, N, BLOCK_N, 0, L)
+    put_tokens(dC_LN, dC + skipped, begin, end, G * N, group, N, BLOCK_N, 0, L)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "H", "least", "most"])

@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import cross_entropy, grouped
 from kernels.common import dispatch, trial
 from kernels.common.dispatch import choose_backend
 from tests.kernels.cases import IN_TRITON, SSD
 
 every = pytest.mark.parametrize("case", IN_TRITON, ids=lambda case: case.operation.name)
 X = torch.zeros(1)
+GROUPED = {"experts": 3, "width": 12, "outputs": 20}
+ENTROPY = {"width": 12, "vocabulary": 33}
 
 
 @pytest.fixture
@@ -77,15 +80,47 @@ def test_triton_kernels_that_are_wrong_or_fail_do_not_and_auto_leaves_them(
 
 
 @pytest.mark.thorough
-def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(triton_device, untried, said, monkeypatch):
+@pytest.mark.parametrize(
+    ("operation", "sizes", "tried"),
+    [
+        pytest.param(SSD.operation, SSD.sizes, SSD.sizes, id="ssd"),
+        pytest.param(grouped.OPERATION, GROUPED, GROUPED | {"experts": 4}, id="grouped_matmul"),
+        pytest.param(cross_entropy.OPERATION, ENTROPY, ENTROPY, id="linear_cross_entropy"),
+    ],
+)
+def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(
+    operation, sizes, tried, triton_device, untried, said, monkeypatch
+):
     monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
-    inputs = SSD.operation.leaves(SSD.problem(5), triton_device, torch.float32, gradients=False)
-    ssd = SSD.operation.run
+    monkeypatch.setattr(trial, "TOKENS", 9)
+    assert trial.triton_is_right(operation, torch.float32, triton_device, tuple(tried.items()))
+    trial._tried.cache_clear()
+    problem = operation.random_problem(7, batch=1, **sizes, generator=torch.Generator().manual_seed(0))
+    inputs = operation.leaves(problem, triton_device, torch.float32, gradients=False)
     with torch.inference_mode():
-        taken = [ssd(**inputs)[0] for _ in range(2)]
-    assert torch.equal(taken[0], ssd(**inputs, backend="triton")[0])
+        taken = [operation.on_backend("auto")(**inputs) for _ in range(2)]
+    assert torch.equal(taken[0], operation.on_backend("triton")(**inputs))
     right = f"its kernels were right on {triton_device} when tried against the recurrence"
-    assert said() == [f"ssd runs on backend 'triton': {right}"]
+    assert said() == [f"{operation.name} runs on backend 'triton': {right}"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("operation", "sizes"),
+    [(grouped.OPERATION, GROUPED), (cross_entropy.OPERATION, ENTROPY)],
+    ids=["grouped", "entropy"],
+)
+def test_under_transforms_auto_runs_on_the_definition_and_triton_is_refused_by_name(operation, sizes, triton_device):
+    inputs = operation.leaves(operation.random_problem(7, batch=1, **sizes), triton_device, torch.float32, False)
+    name = next(iter(inputs))
+
+    def total(x, backend):
+        return operation.on_backend(backend)(**inputs | {name: x}).sum()
+
+    gradients = [torch.func.grad(total)(inputs[name], backend) for backend in ("auto", "reference")]
+    assert torch.equal(*gradients)
+    with pytest.raises(ValueError, match=f"backend 'triton' of {operation.name} has no torch.func transforms"):
+        torch.func.grad(total)(inputs[name], "triton")
 
 
 @pytest.mark.thorough

@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import grouped, grouped_matmul, grouped_matmul_flops
-from kernels.common import dispatch, trial
 from kernels.grouped import segments
 from tests.kernels.cases import assert_equal, assert_within_twice
 
@@ -209,18 +208,6 @@ def test_torch_compile_goes_through_without_a_break():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, plain = (torch.autograd.grad(f(inputs), leaves) for f in (compiled, loss))
     torch.testing.assert_close(got, plain)
-
-
-@thorough
-def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(triton_device, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
-    monkeypatch.setattr(trial, "TOKENS", 9)
-    trial._tried.cache_clear()
-    sizes = (("experts", 4), ("width", 12), ("outputs", 20))
-    assert trial.triton_is_right(grouped.OPERATION, torch.float32, triton_device, sizes)
-    inputs = grouped.OPERATION.leaves(problem([3, 0, 4]), triton_device, torch.float32, gradients=False)
-    assert torch.equal(grouped_matmul(**inputs), grouped_matmul(**inputs, backend="triton"))
-    trial._tried.cache_clear()
 
 
 @pytest.mark.parametrize(

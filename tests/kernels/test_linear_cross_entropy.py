@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import cross_entropy, linear_cross_entropy, linear_cross_entropy_flops
-from kernels.common import dispatch, trial
 from kernels.cross_entropy import blocks
 from tests.kernels.cases import assert_equal, assert_within_twice
 
@@ -240,17 +239,6 @@ def test_torch_compile_goes_through_without_a_break():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, plain = (torch.autograd.grad(f(inputs), leaves) for f in (compiled, loss))
     torch.testing.assert_close(got, plain)
-
-
-@thorough
-def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(triton_device, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
-    monkeypatch.setattr(trial, "TOKENS", 9)
-    trial._tried.cache_clear()
-    assert trial.triton_is_right(
-        cross_entropy.OPERATION, torch.float32, triton_device, (("width", 12), ("vocabulary", 33))
-    )
-    trial._tried.cache_clear()
 
 
 @pytest.mark.parametrize(
