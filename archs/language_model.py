@@ -257,8 +257,8 @@ class LanguageModel(nn.Module):
         return self.head(self._before_head(hidden))
 
     def head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What logits of hidden vectors [..., D] are the product of: vectors [..., D], the head's matrix [V, D] and its
-        bias."""
+        """Return the factors of the logits of hidden vectors [..., D]: vectors [..., D], the head's matrix [V, D] and
+        its bias."""
         return self._before_head(hidden), self.head.weight, self.head.bias
 
     def _before_head(self, hidden: Tensor) -> Tensor:

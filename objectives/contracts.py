@@ -63,7 +63,7 @@ class Batch:
 
 
 class Model(Protocol):
-    """What objectives and samplers ask of a model: `LanguageModel`, or what stands in for one in a test."""
+    """A model as objectives and samplers ask for it: `LanguageModel`, or what stands in for one in a test."""
 
     def hidden(self, tokens_BT: Tensor, visibility: Visibility, time: Tensor | None = None) -> Tensor: ...
 
@@ -151,7 +151,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of some tokens of a batch in one pass.
+    """The predictions of a model for some tokens of a batch in one pass.
 
     logits_NV: of the N tokens where where_BT is true. weights_BT: factors by which the nats of these tokens, summed,
     estimate those of the whole sequence without bias.
@@ -167,8 +167,9 @@ class Sampler(ABC):
 
     @property
     def blind(self) -> bool:
-        """Whether where it writes next does not depend on what the denoiser says, and what it has written stays. Then
-        the probabilities with which its tokens were drawn multiply to that of the samples, given the order."""
+        """Return True where the place that it writes next does not depend on what the denoiser says, and what it has
+        written stays. Then the probabilities with which its tokens were drawn multiply to that of the samples, given
+        the order."""
         return False
 
     @abstractmethod
@@ -177,7 +178,7 @@ class Sampler(ABC):
 
 
 class Objective(ABC):
-    """What a model is trained on.
+    """The objective that a model is trained on.
 
     vocab_size: token ids of the data; model_vocab_size: those that the model needs (a mask token is one more).
     visibility: what training asks of the mixers.

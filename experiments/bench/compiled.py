@@ -70,7 +70,7 @@ def launches(call, capability: tuple[int, int]) -> list[dict]:
 
 
 def compiled(kernel, arguments: dict, arch: int, **options: int):
-    """A kernel for arguments like these."""
+    """Return a kernel compiled for arguments like these."""
     signature, constants, aligned = {}, {}, {}
     for parameter in kernel.params:
         value = arguments[parameter.name]
@@ -86,7 +86,7 @@ def compiled(kernel, arguments: dict, arch: int, **options: int):
 
 
 class Multiprocessor(NamedTuple):
-    """What a multiprocessor has: bytes of shared memory, and warps. Each of these generations has 65,536 registers,
+    """Bytes of shared memory and warps of a multiprocessor. Each of these generations has 65,536 registers,
     handed out to warps in units of 256, and room for 32 blocks."""
 
     shared: int
@@ -120,8 +120,8 @@ def blocks_per_multiprocessor(arch: int, warps: int, registers: int, shared: int
 
 
 def calls(dtype: torch.dtype, size: int) -> Iterator:
-    """Calls that together launch every kernel, with heads of this size; as published, those of the state space dual
-    form have half as many channels as their state has numbers."""
+    """Yield calls that together launch every kernel, with heads of this size; as published, those of the state space
+    dual form have half as many channels as their state has numbers."""
     many_rows = {"x": torch.zeros(384, size, dtype=dtype, requires_grad=True), "counts": torch.tensor([128, 0, 256])}
     of_gate = {name: torch.zeros(2, requires_grad=True) for name in ("A_log", "dt_bias")}
     of_mixer = of_gate | {"use_qk_l2norm": True}  # norms and gates made where they are read
@@ -162,7 +162,8 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
 
 
 def picks(dtype: torch.dtype, size: int) -> Iterator:
-    """Calls of the lightning indexer with the heads and the picks of DeepSeek-V3.2, of one document and of several."""
+    """Yield calls of the lightning indexer with the heads and the picks of DeepSeek-V3.2, of one document and of
+    several."""
     operation = indexer.OPERATION
     problem = operation.random_problem(3, batch=1, heads=64, head_dim=size)
     inputs = operation.leaves(problem, "cpu", dtype, gradients=False)

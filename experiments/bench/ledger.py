@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from experiments.bench.operations import CONTESTS, DTYPES
-from experiments.bench.report import environment, in_words, markdown, write
+from experiments.bench.report import check_known, environment, in_words, markdown, write
 from kernels import delta_step, gated_delta_step_flops
 from kernels.common.operation import Operation
 
@@ -43,7 +43,7 @@ FURTHER = (4, 1), (1, 3)  # where it is checked
 
 
 class Moved(NamedTuple):
-    """What launches move.
+    """Bytes that launches move.
 
     Attributes:
         launches: how many there are.
@@ -57,7 +57,7 @@ class Moved(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """What is launched while it is entered, in order.
+    """A record of the launches while it is entered, in order.
 
     Attributes:
         rows: (name, bytes from memory, bytes asked for) of every launch.
@@ -281,8 +281,7 @@ def bench(config: DictConfig) -> None:
         ValueError: for an operation that is not known, and where Triton compiles, so that nothing can be counted.
     """
     shapes = cast(list[dict], OmegaConf.to_container(config.shapes, resolve=True))
-    if unknown := [shape["operation"] for shape in shapes if shape["operation"] not in OPERATIONS]:
-        raise ValueError(f"no operation {unknown[0]!r}: choose from {', '.join(OPERATIONS)}")
+    check_known("operation", [shape["operation"] for shape in shapes], OPERATIONS)
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("launches are counted in Triton's interpreter: start again with TRITON_INTERPRET=1")
     rows, text, where = [], "", environment("cpu")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from archs import checkpoints
 from archs.language_model import LanguageModel
-from experiments.bench.report import environment, in_words, markdown, write
+from experiments.bench.report import check_known, environment, in_words, markdown, write
 from experiments.harness.identity import plain
 from kernels.hugging_face import import_transformers
 
@@ -191,9 +191,8 @@ def bench(config: DictConfig) -> None:
         ValueError: for a model without a shape or a mode that is none, where transformers is not installed, or models
             that differ.
     """
-    for kind, asked, known in (("shape", config.models, config.shapes), ("mode", config.modes, MODES)):
-        if unknown := [name for name in asked if name not in known]:
-            raise ValueError(f"no {kind} {unknown[0]!r}: choose from {', '.join(known)}")
+    check_known("shape", config.models, config.shapes)
+    check_known("mode", config.modes, MODES)
     try:
         import_transformers().logging.set_verbosity_error()
     except ImportError as error:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments.bench import peers
-from experiments.bench.report import environment, in_words, markdown, write
+from experiments.bench.report import check_known, environment, in_words, markdown, write
 from kernels import (
     causal_conv1d_flops,
     convolution,
@@ -252,9 +252,8 @@ def bench(config: DictConfig) -> None:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [contest.operation for contest in config.races[device]]
-    for kind, asked, known in (("operation", names, CONTESTS), ("dtype", config.dtypes, DTYPES)):
-        if unknown := [name for name in asked if name not in known]:
-            raise ValueError(f"no {kind} {unknown[0]!r}: choose from {', '.join(known)}")
+    check_known("operation", names, CONTESTS)
+    check_known("dtype", config.dtypes, DTYPES)
     where = environment(device) | {"rounds": config.rounds, "ceilings": ceilings(device, list(config.dtypes))}
     rows, text = [], ""
     for asked in config.races[device]:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by part: products of weights, attention, recurrent mixers, and the rest.
+"""The time of a training step by part: products of weights, attention, recurrent mixers, and the rest.
 
 Every operator of a profiled step belongs to one part, by itself or by the operator that called it: a product inside of
 attention is attention. Ours and transformers' model of the same weights are shown beside each other.
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.bench.models import Side, pair, training
-from experiments.bench.report import environment, in_words, markdown, write
+from experiments.bench.report import check_known, environment, in_words, markdown, write
 from experiments.harness.identity import plain
 
 PARTS = {
@@ -55,8 +55,7 @@ def bench(config: DictConfig) -> None:
     Raises:
         ValueError: for a model without a shape, or models that differ.
     """
-    if unknown := [name for name in config.models if name not in config.shapes]:
-        raise ValueError(f"no shape {unknown[0]!r}: choose from {', '.join(config.shapes)}")
+    check_known("shape", config.models, config.shapes)
     rows, text = [], ""
     where = environment("cpu") | {"steps": config.rounds}
     sizes = {"batch": config.train.batches[0], "length": config.train.lengths[0]}

@@ -1,10 +1,12 @@
-"""Reports of the benchmarks: the machine and its versions, tables, and the files that they go to."""
+"""The common side of the benchmarks: names that a config asks for, the machine and its versions, tables, and the files
+that they go to."""
 
 import importlib.metadata
 import json
 import platform
 import re
 import sys
+from collections.abc import Collection, Iterable
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +19,16 @@ PACKAGES = (
     "torch", "triton", "transformers", "flash-linear-attention", "flash-qla", "flashinfer-python", "flash-mla",
     "mamba-ssm", "causal-conv1d",
 )  # fmt: skip
+
+
+def check_known(kind: str, asked: Iterable[str], known: Collection[str]) -> None:
+    """Check that what a config asks for is there.
+
+    Raises:
+        ValueError: for the first name that is none.
+    """
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"no {kind} {unknown[0]!r}: choose from {', '.join(known)}")
 
 
 def environment(device: str) -> dict:

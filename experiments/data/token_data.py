@@ -25,7 +25,7 @@ EXTENT = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("length", "<i8")])  # 
 
 
 class Corpus(Protocol):
-    """Where documents come from."""
+    """A source of documents."""
 
     name: str
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Allocation:
-    """How a run spends its budget: flops = flops_per_token * tokens + flops_per_step * steps, tokens = sequences *
+    """A run's budget as it is spent: flops = flops_per_token * tokens + flops_per_step * steps, tokens = sequences *
     sequence_length. What a step costs besides its tokens is the optimiser's. group: sequences that stay together."""
 
     sequences: int

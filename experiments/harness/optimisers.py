@@ -22,8 +22,8 @@ STEPS = 5
 
 
 class Optimiser(Protocol):
-    """What `optim=` builds. learning_rate: the one that sweeps tune, for models of the base width and runs of the base
-    tokens."""
+    """An optimiser as `optim=` builds it. learning_rate: the one that sweeps tune, for models of the base width and
+    runs of the base tokens."""
 
     learning_rate: float
 

@@ -67,7 +67,7 @@ def draw(rows: pd.DataFrame, analysis: Analysis) -> Mapping[str, list[Markup]]:
 
 
 def counts(done: pd.DataFrame) -> list[str]:
-    """How 6ND compares with the counted FLOPs, arm by arm."""
+    """Return the ratio of 6ND to the counted FLOPs in words, arm by arm."""
     ratio = (done.flops_6nd / done.flops).astype(float)
     return [f"{arm}: {number(r.min())} to {number(r.max())}" for arm, r in ratio.groupby(done.arm)]
 

@@ -52,7 +52,8 @@ def arm_sentence(arm: ArmResult, loss: str) -> str:
 
 
 def prediction_sentence(analysis: Analysis) -> str | None:
-    """How many outcomes lie inside the intervals that were written before their runs, here and before; None without."""
+    """Say how many outcomes lie inside the intervals that were written before their runs, here and before; None
+    without."""
     held = [arm.holdout for arm in analysis.arms.values() if arm.holdout and arm.holdout.inside is not None]
     if not held:
         return None
@@ -70,7 +71,7 @@ def power_sentence(analysis: Analysis) -> str | None:
 
 
 def error_sentence(analysis: Analysis) -> str | None:
-    """Where most of the uncertainty of the multipliers comes from; None where that is not known."""
+    """Say where most of the uncertainty of the multipliers comes from; None where that is not known."""
     by_source: dict[str, list[str]] = {}
     for comparison in analysis.comparisons:
         if comparison.shares:

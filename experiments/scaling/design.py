@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Addition:
-    """What a sweep decided on its way, written to the plan before anything follows from it.
+    """A decision of a sweep on its way, written to the plan before anything follows from it.
 
     stage: what it is about. reason: in words. cells: to be run from then on. rates: the learning rate of all other
     runs, by arm.

@@ -168,8 +168,8 @@ def scores(root: Path) -> pd.DataFrame:
 
 
 def record(root: Path) -> PredictionRecord:
-    """How many of the predictions below a folder came out so far, and how many inside their intervals; none are counted
-    where one of them cannot be read, which `experiments.score` then says."""
+    """Count the predictions below a folder that came out so far, and those inside their intervals; none where one of
+    them cannot be read, which `experiments.score` then says."""
     try:
         table = scores(root)
     except ValueError:

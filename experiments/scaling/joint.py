@@ -74,7 +74,7 @@ class Joint:
         return np.exp(np.polyval(self.law(arm, "params_total"), size))
 
     def errors(self, arm: int, reference: int, log_flops: float) -> ErrorShares:
-        """Where the error of ln(multiplier) at C comes from."""
+        """Return the shares of the error of ln(multiplier) at C by source."""
 
         def deviation(surface: Surface) -> float:
             drawn = surface.log_multiplier(arm, reference, log_flops)

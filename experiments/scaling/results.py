@@ -182,7 +182,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """How predictions written before their runs came out so far, in all sweeps of its folder, this one included."""
+    """The outcome so far of predictions written before their runs, in all sweeps of its folder, this one included."""
 
     made: int
     inside: int
@@ -202,7 +202,7 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class CostRatio:
-    """What the reference pays over what the arm pays for the same bits per byte, each at its own optimum in that cost.
+    """The cost of the reference over that of the arm for the same bits per byte, each at its own optimum in that cost.
 
     cost: in words, with its unit. at: the arm's cost that is meant.
     """
@@ -214,8 +214,8 @@ class CostRatio:
 
 @dataclass(frozen=True)
 class ErrorShares:
-    """Where the uncertainty of ln(multiplier) at the centre comes from: standard deviations by source, None where the
-    ledger does not say. runs: seeds and what the surface misses. evaluation: other held-out text. bound: Monte
+    """The uncertainty of ln(multiplier) at the centre by source: standard deviations, None where the ledger does not
+    say. runs: seeds and what the surface misses. evaluation: other held-out text. bound: Monte
     Carlo."""
 
     runs: float

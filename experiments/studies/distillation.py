@@ -144,10 +144,10 @@ def accounted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def advantage(runs: pd.DataFrame, student: str, method: str, account: str) -> Estimate | None:
-    """How many times as far from the entropy as the distilled student of the largest budget is the one from scratch
-    that cost as much by this account: the mean over seeds of the logarithm, with its interval; None for fewer than two
-    seeds. Between the budgets of a seed its losses from scratch are interpolated, both logarithmic; beyond them the
-    nearest stands."""
+    """Return the distance to the entropy of the student from scratch over that of the distilled student of the largest
+    budget, which cost as much by this account: the mean over seeds of the logarithm, with its interval; None for fewer
+    than two seeds. Between the budgets of a seed its losses from scratch are interpolated, both logarithmic; beyond
+    them the nearest stands."""
     mine = runs[runs.student == student]
     ratios = []
     for _, rows in mine.groupby("seed"):

@@ -214,7 +214,7 @@ def curves(points: pd.DataFrame) -> list[Curve]:
 
 
 def enough(points: pd.DataFrame) -> bool:
-    """Whether there are two curves, for intervals."""
+    """Return True where there are two curves, for intervals."""
     return points.groupby(PROXY).ngroups > 1
 
 
@@ -242,7 +242,7 @@ def flops_per_step(config: DictConfig, reward: Path | None = None) -> float:
 
 
 def answers(run: FinishedRun, number: int) -> tuple[Batch, np.ndarray]:
-    """What a policy writes from nothing, and its gold rewards [B]; the chance is the same for every policy."""
+    """Return samples of a policy from nothing, and their gold rewards [B]; the chance is the same for every policy."""
     T, nothing = run.config.data.sequence_length, torch.zeros(0, dtype=torch.long)
     request = Request([nothing], T, torch.Generator().manual_seed(0), copies=number, stop=(run.data.eot,))
     samples = run.objective.sample(run.model, request)
@@ -275,7 +275,7 @@ def start_run(base: Path) -> FinishedRun:
 
 @functools.cache
 def start(base: Path, number: int) -> tuple[Batch, np.ndarray]:
-    """What that policy writes, with its gold rewards [B]."""
+    """Return samples of that policy, and their gold rewards [B]."""
     return answers(start_run(base), number)
 
 

@@ -49,7 +49,7 @@ Stages = Generator[Iterable[Cell], list[Cell], None]
 
 @dataclass(frozen=True)
 class Study(ABC):
-    """What a contributor writes.
+    """The part of a study that a contributor writes.
 
     claim: a sentence that holds or does not, as somebody would say it. source: who says so. rule: how the verdict
     follows from the table, in words.

@@ -24,7 +24,7 @@ FREE = ("commands", "additions")  # in which plans on disk and of a command may 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written to plan.json.
+    """The content of plan.json.
 
     prior: what the sizes are laid around. settings: by which cells are added. corpus: name, digest and sizes of the
     data. commands: what made the plan. configs: the id of each arm's config before a cell is chosen. cells: those known

@@ -31,7 +31,7 @@ GROWTH = 2.0  # FLOPs of an addition for an arm over those of its and the refere
 
 @dataclass(frozen=True)
 class Wish:
-    """What was asked, and what it may cost.
+    """The precision that was asked for, and what it may cost.
 
     half_width: of the 95 % interval of ln(multiplier) at the centre. flops, seconds: of all runs that are added for it,
     the seconds one after the other; infinite without a limit.

@@ -22,7 +22,7 @@ from kernels.indexer.reference import visible_pairs
 
 
 class Block(NamedTuple):
-    """What a block of queries makes.
+    """The parts of a block of queries.
 
     Attributes:
         rows: its queries.

@@ -33,13 +33,13 @@ class Pairs:
 
     @property
     def all(self) -> bool:
-        """Whether every query sees every key."""
+        """Return True where every query sees every key."""
         unbounded = self.window is None or self.window >= self.S
         return self.begins is None and unbounded and (self.T == 1 or not self.causal)
 
     @property
     def triangle(self) -> bool:
-        """Whether they are those of plain causal attention."""
+        """Return True where they are those of plain causal attention."""
         return self.begins is None and self.causal and self.T == self.S and (self.window or self.S) >= self.S
 
     def ends_of(self, t: int) -> tuple[int, int]:

@@ -20,8 +20,8 @@ GATHERED_ELSEWHERE = 1 << 26
 
 
 class Memory:
-    """What the blocks of one pass are computed in, one after the other: fresh memory for each would cost more than what
-    is computed.
+    """Memory for the blocks of one pass, one after the other: fresh memory for each would cost more than what is
+    computed.
 
     Args:
         indices: [B, T, K].

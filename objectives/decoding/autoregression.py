@@ -16,7 +16,7 @@ from objectives.decoding.unmasking import lengths_of
 
 
 class NextTokenDenoiser(Protocol):
-    """What is asked of a model. start: the id that stands in front of every sequence."""
+    """The model that is asked. start: the id that stands in front of every sequence."""
 
     @property
     def start(self) -> int: ...

@@ -14,7 +14,7 @@ from objectives.decoding.unmasking import Canvas, MaskedDenoiser, Unmasking
 
 
 class BlockDenoiser(Protocol):
-    """What is asked of a model. mask: the id at masked positions; block_size: tokens per block, the last may be
+    """The model that is asked. mask: the id at masked positions; block_size: tokens per block, the last may be
     shorter."""
 
     @property

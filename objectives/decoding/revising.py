@@ -16,7 +16,7 @@ from objectives.decoding.unmasking import check_steps, lengths_of
 
 
 class UniformDenoiser(Protocol):
-    """What is asked of a model. vocab_size: V, the ids that noise is drawn from."""
+    """The model that is asked. vocab_size: V, the ids that noise is drawn from."""
 
     @property
     def vocab_size(self) -> int: ...

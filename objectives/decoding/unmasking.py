@@ -22,7 +22,7 @@ ORDERS = ("confidence", "margin", "entropy", "random")
 
 
 class MaskedDenoiser(Protocol):
-    """What fills masked positions asks of a model. mask: the id that stands at them."""
+    """The model that fills masked positions. mask: the id that stands at them."""
 
     @property
     def mask(self) -> int: ...

@@ -177,7 +177,7 @@ class PolicyGradient(Tuning):
 
     @property
     def _remembers(self) -> bool:
-        """Whether log-probabilities of the policy that wrote are kept."""
+        """Return True where log-probabilities of the policy that wrote are kept."""
         return self.updates > 1 or self.correction is not None or (self.kl is not None and self.kl.place == "reward")
 
     def experience(self, model: LanguageModel, batch: Batch, generator: Generator) -> Batch:

@@ -24,7 +24,7 @@ Masked = MaskedDiffusion | BlockDiffusion
 
 
 class SampledLikelihood(ABC):
-    """What stands for log p of sequences that were sampled. bases: the objectives that it can be read from."""
+    """A stand-in for log p of sequences that were sampled. bases: the objectives that it can be read from."""
 
     bases: tuple[type[Objective], ...]
 

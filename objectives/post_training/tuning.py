@@ -31,7 +31,7 @@ class Trained:
 
 
 class Reward(ABC):
-    """What finished sequences are worth. models: those that it is read from, which stand still."""
+    """The worth of finished sequences. models: those that it is read from, which stand still."""
 
     models: tuple[LanguageModel, ...] = ()
 
