@@ -291,7 +291,8 @@ class CellCounts:
 
     @property
     def missing(self) -> int:
-        return self.planned - self.done - self.diverged - self.failed
+        """Cells that no row stands for; a ledger may hold more rows than its plan has cells."""
+        return max(0, self.planned - self.done - self.diverged - self.failed)
 
 
 @dataclass(frozen=True)
