@@ -22,7 +22,10 @@ ENTRY = "experiments.harness.run"
 CHECKPOINTS = {"archs.checkpoints", "archs.checkpoints.likeness"}  # for runs that begin from weights
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # They name, check, keep and show, and compute nothing.
-KEEPERS = {f"experiments.harness.{name}" for name in ("identity", "ledger", "origin", "settings", "progress_bar")}
+KEEPERS = {
+    f"experiments.harness.{name}"
+    for name in ("identity", "ledger", "origin", "settings", "progress_bar", "failures", "stopping")
+}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import json
 import logging
 import math
 import platform
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
+from torch._dynamo.exc import TorchDynamoException
 
 from archs.adapters import merge
 from archs.checkpoints.adapter import save
@@ -24,10 +25,12 @@ from experiments.harness import checkpoints, hardware
 from experiments.harness.assembly import Prepared
 from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
+from experiments.harness.failures import first_telling_line, forget, keep
 from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
 from experiments.harness.parts import build, build_adapter, build_model
 from experiments.harness.progress_bar import ProgressBar
+from experiments.harness.stopping import Checkpoints
 from experiments.harness.tasks import score
 from experiments.harness.telemetry import Diverged, Telemetry
 from experiments.harness.training_module import TrainingModule
@@ -37,19 +40,6 @@ from objectives.contracts import Objective
 log = logging.getLogger(__name__)
 EVALUATIONS = "evaluations.jsonl"  # one line per evaluation of a run, the last of a step counts
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-
-
-class Checkpoints(L.Callback):
-    """Writes a checkpoint of a training every so many seconds."""
-
-    def __init__(self, run: Run):
-        self.folder, self.seconds = run.folder, run.session.checkpoint_seconds
-        self.written = time.monotonic()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        if time.monotonic() - self.written >= self.seconds:
-            checkpoints.write(self.folder, trainer.global_step, trainer.save_checkpoint)
-            self.written = time.monotonic()
 
 
 class Evaluations(L.Callback):
@@ -93,14 +83,34 @@ def train(run: Run, data: TokenData, prepared: Prepared, row: dict, threads: int
     """Train and evaluate one run in its folder, from its last checkpoint on where there is one; return its row with
     what was found, or with the reason why it diverged or crashed."""
     torch.set_num_threads(threads)
+    forget(run.folder)
     row = row | _planned(run, data, prepared)
     try:
-        return row | _train(run, data, prepared, row)
+        try:
+            return row | _train(run, data, prepared, row)
+        except TorchDynamoException as error:
+            prepared = _uncompiled(prepared, error)
+            row |= {"compiled": False}
+            return row | _train(run, data, prepared, row)
     except Diverged as error:
         return row | {"status": "diverged", "error": str(error)}
     except Exception as error:
-        log.exception("run %s failed", run.id)
-        return row | {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        message = keep(error, run.folder, run.session.root)
+        log.error("run %s failed: %s", run.id, message)
+        return row | {"status": "failed", "error": message}
+
+
+def _uncompiled(prepared: Prepared, error: TorchDynamoException) -> Prepared:
+    """Returns a run without compilation, where that was the trainer's own choice, and says so once per process.
+
+    Raises:
+        RuntimeError: where it was asked for.
+    """
+    reason = f"compiling fails on this machine: {first_telling_line(error)}"
+    if prepared.trainer.compile != "auto":
+        raise RuntimeError(f"trainer.compile=true, but {reason}; trainer.compile=auto trains uncompiled") from error
+    warnings.warn(f"{reason}; runs are trained uncompiled", stacklevel=2)
+    return replace(prepared, compiled=False)
 
 
 def _planned(run: Run, data: TokenData, prepared: Prepared) -> dict:
@@ -168,13 +178,17 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = _trainer(
-            prepared, evaluations, logger, [telemetry, Checkpoints(run), Evaluations(folder, allocation), *bar]
+            prepared, evaluations, logger, [telemetry, Evaluations(folder, allocation), Checkpoints(run), *bar]
         )
-        trainer.fit(module, data_module, ckpt_path=checkpoints.last_good(folder))
+        try:
+            trainer.fit(module, data_module, ckpt_path=checkpoints.last_good(folder))
+            if module.evaluated_at < allocation.steps:
+                trainer.validate(module, data_module, verbose=False)
+        except SystemExit as error:
+            # Lightning makes an exit without a word of an interruption.
+            raise error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error
         if trainer.global_step < allocation.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.global_step} of {allocation.steps}")
-        if module.evaluated_at < allocation.steps:
-            trainer.validate(module, data_module, verbose=False)
     logger.log_hyperparams(
         {key: row[key] for key in ("arm", "budget_flops", "params_total", "width", "learning_rate", "seed")},
         {"heldout_bits_per_byte": module.bits_per_byte},

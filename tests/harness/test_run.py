@@ -104,18 +104,6 @@ def test_divergence_is_a_row_and_not_a_crash(make_run, data):
     assert json.loads(json.dumps(again, allow_nan=False)) == json.loads(json.dumps(row))
 
 
-def test_a_crash_is_a_row_and_is_tried_again(make_run, data, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "_train", broken)
-        row = execute(make_run(), data)
-    assert row["status"] == "failed" and row["error"] == "RuntimeError: out of memory"
-    assert execute(make_run(), data)["status"] == "done"
-    assert ledger.read(make_run().ledger).status.tolist() == ["done"]
-
-
 def test_tensorboard_has_every_curve_over_steps_tokens_and_flops(make_run, data):
     run = make_run("trainer.evaluations=2")
     row = execute(run, data)
