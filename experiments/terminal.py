@@ -1,5 +1,6 @@
 """The commands' common side towards a person: what was given, what is printed, and the end after a mistake."""
 
+import errno
 import os
 import signal
 import sys
@@ -116,7 +117,9 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return str(error).splitlines()[0]
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else None
+        if error.filename:
+            return f"{error.filename}: {error.strerror}"
+        return f"{error.strerror}: what is finished is kept" if error.errno == errno.ENOSPC else None
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(ROOT) and "site-packages" not in Path(last.filename).parts
     return str(error) if ours and (last.line or "").startswith("raise") else None

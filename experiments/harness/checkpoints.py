@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.harness.files import room_for
+
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.ckpt")
 KEPT = 2
@@ -20,7 +22,8 @@ def write(folder: Path, step: int, save: Callable[[Path], None]) -> None:
         save: writes what is to be kept into a file.
     """
     unfinished = folder / "unfinished.ckpt"
-    save(unfinished)
+    with room_for(unfinished):
+        save(unfinished)
     os.replace(unfinished, folder / f"step-{step:09d}-{_digest(unfinished)}.ckpt")
     for _, older in generations(folder)[KEPT:]:
         older.unlink()

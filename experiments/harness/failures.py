@@ -3,6 +3,8 @@
 import traceback
 from pathlib import Path
 
+from experiments.harness.files import write_atomically
+
 LOG = "failure.log"  # in the run's folder
 LONGEST = 200  # characters of a reason in a row
 
@@ -13,7 +15,7 @@ def keep(error: Exception, folder: Path, root: Path) -> str:
     reason = f"{type(error).__name__}: {first_telling_line(error)}".rstrip(": ")
     reason = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]}..."
     try:
-        (folder / LOG).write_text("".join(traceback.format_exception(error)))
+        write_atomically(folder / LOG, "".join(traceback.format_exception(error)))
     except OSError:
         return reason  # a full disk, perhaps, which may be what went wrong
     return f"{reason} (all of it in {(folder / LOG).relative_to(root)})"

@@ -1,6 +1,5 @@
 """The ledger: one JSON line per run, appended whole or not at all, readable by pandas without this module."""
 
-import errno
 import functools
 import json
 import os
@@ -9,6 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
+
+from experiments.harness.files import FULL, full, write_atomically
+
+__all__ = ["append", "commits", "read", "write_atomically"]
 
 COLUMNS = [
     *("id", "status", "error", "kind", "arm", "arch", "objective", "data", "data_digest", "init_from"),
@@ -44,9 +47,8 @@ def append(path: Path, row: dict) -> None:
             os.fsync(file.fileno())
         except OSError as error:
             os.ftruncate(file.fileno(), size)
-            if error.errno == errno.ENOSPC:
-                message = f"disk full: no room for a ledger row; free some and start again: {path}"
-                raise OSError(errno.ENOSPC, message) from error
+            if error.errno in FULL:
+                raise full(path) from error
             raise
 
 
@@ -75,13 +77,6 @@ def read(path: Path) -> pd.DataFrame:
 def _warn_once(text: str) -> None:
     """Warn of what is found again at every look at a ledger, of which a sweep takes many."""
     warnings.warn(text, stacklevel=3)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file whole: a reader, or a crash, never finds half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def commits(rows: pd.DataFrame) -> str:

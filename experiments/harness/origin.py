@@ -17,6 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.files import write_atomically
+
 ROOT = Path(__file__).parents[2]
 ENTRY = "experiments.harness.run"
 CHECKPOINTS = {"archs.checkpoints", "archs.checkpoints.likeness"}  # for runs that begin from weights
@@ -24,7 +26,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # They name, check, keep and show, and compute nothing.
 KEEPERS = {
     f"experiments.harness.{name}"
-    for name in ("identity", "ledger", "origin", "settings", "progress_bar", "failures", "stopping")
+    for name in ("identity", "ledger", "origin", "settings", "progress_bar", "failures", "files", "stopping")
 }
 
 
@@ -53,7 +55,7 @@ class Origin:
             return None
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
+        write_atomically(path, json.dumps(asdict(self)))
 
     def differences(self, present: "Origin") -> str:
         """Returns in words how what made a result differs from what is there now; "" where it does not."""

@@ -41,6 +41,7 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         origin = Origin(run.code, commit(), data.digest)
         row, begun = _found(run, origin)
         if row:
+            checkpoints.remove(run.folder)  # where a kill came between its row and this
             say(run, f"run {run.id}: found in {run.folder}, {row['status']} at {row['finished']}")
             return row
         say(run, f"run {run.id}: {config.arch.name} of width {config.arch.width} under {config.objective.name}")
@@ -74,6 +75,8 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         # First beside the run, then in the ledger: a kill between the two loses nothing.
         ledger.write_atomically(run.folder / "row.json", json.dumps(row))
         ledger.append(run.ledger, row)
+        if row["status"] == "done":
+            checkpoints.remove(run.folder)
         return row
 
 

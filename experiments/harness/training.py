@@ -26,6 +26,7 @@ from experiments.harness.assembly import Prepared
 from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
 from experiments.harness.failures import first_telling_line, forget, keep
+from experiments.harness.files import replacing, write_atomically
 from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
 from experiments.harness.parts import build, build_adapter, build_model
@@ -51,8 +52,8 @@ class Evaluations(L.Callback):
     def on_validation_end(self, trainer, pl_module) -> None:
         step, flops = trainer.global_step, self.allocation.flops_before(trainer.global_step)
         found = {"step": step, "flops": flops, "bits_per_byte": pl_module.bits_per_byte, "tasks": pl_module.scores}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(found) + "\n")
+        before = self.path.read_text() if self.path.exists() else ""
+        write_atomically(self.path, f"{before}{json.dumps(found)}\n")
 
 
 def scoring(config: DictConfig, data: TokenData, objective: Objective) -> Callable[[LanguageModel], dict] | None:
@@ -106,10 +107,10 @@ def _uncompiled(prepared: Prepared, error: TorchDynamoException) -> Prepared:
     Raises:
         RuntimeError: where it was asked for.
     """
-    reason = f"compiling fails on this machine: {first_telling_line(error)}"
+    reason = first_telling_line(error)
     if prepared.trainer.compile != "auto":
-        raise RuntimeError(f"trainer.compile=true, but {reason}; trainer.compile=auto trains uncompiled") from error
-    warnings.warn(f"{reason}; runs are trained uncompiled", stacklevel=2)
+        raise RuntimeError(f"trainer.compile=true fails on this machine, take false or auto: {reason}") from error
+    warnings.warn(f"runs are trained uncompiled, since compiling fails on this machine: {reason}", stacklevel=2)
     return replace(prepared, compiled=False)
 
 
@@ -148,7 +149,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     config, folder = run.config, run.folder
     allocation, measured, settings = prepared.allocation, prepared.measured, prepared.trainer
     cost, peak = measured.costs, hardware.peak_flops(prepared.device, prepared.precision)
-    OmegaConf.save(config, folder / "config.yaml")
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(config))
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config, measured.objective)
     if run.init_from is not None:
@@ -185,20 +186,21 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
             if module.evaluated_at < allocation.steps:
                 trainer.validate(module, data_module, verbose=False)
         except SystemExit as error:
-            # Lightning makes an exit without a word of an interruption.
-            raise error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error
+            if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes an exit without a word
+                raise error.__context__ from None
+            raise
         if trainer.global_step < allocation.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.global_step} of {allocation.steps}")
     logger.log_hyperparams(
         {key: row[key] for key in ("arm", "budget_flops", "params_total", "width", "learning_rate", "seed")},
         {"heldout_bits_per_byte": module.bits_per_byte},
     )
-    np.save(folder / "heldout_nats.npy", module.heldout_nats)
+    with replacing(folder / "heldout_nats.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, module.heldout_nats)
     if adapter:
         save(model, folder / "adapter")
         merge(model)
     save_weights(model, folder / "model.safetensors")
-    checkpoints.remove(folder)
     speed = allocation.tokens / telemetry.train_seconds
     return {
         "status": "done",

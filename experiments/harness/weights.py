@@ -1,6 +1,5 @@
 """Weights on disk: those of a finished run, and those that a run begins with."""
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from archs.checkpoints import read, read_config
 from archs.checkpoints.likeness import check_settings
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
+from experiments.harness.files import replacing
 from experiments.harness.identity import load_config, plain
 from experiments.harness.parts import build_base, build_model, open_data
 from experiments.harness.settings import check_stranger
@@ -65,9 +65,8 @@ def load_trained(folders: Mapping[str, Path]) -> dict[str, Trained]:
 def save_weights(model: LanguageModel, path: Path) -> None:
     """Write weights and buffers as safetensors, replaced atomically; a tied head is stored once."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in _tensors(model).items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 @torch.no_grad()
