@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from experiments.harness.ledger import write_atomically
+from experiments.harness.files import write_atomically
 
 QUANTILES = (0.025, 0.975)  # the ends of every interval: 95 %
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks."""
 
 import errno
 import os
@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, SoftFileLock
+
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, and a quota that is used up
+NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems; filelock itself sees to ENOSYS
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -43,6 +46,28 @@ def room_for(path: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
             raise full(path) from error
         raise
+
+
+@contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock against other processes, here and on machines that share the file system: by flock, or where the file
+    system has none by a file that is there as long as the lock is held, which a machine that dies leaves behind.
+
+    Raises:
+        filelock.Timeout: after so many seconds, if they are not below 0.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        lock = SoftFileLock(f"{path}.held")
+        lock.acquire(timeout)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def full(path: Path) -> OSError:

@@ -7,11 +7,8 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 
-from experiments.harness.files import FULL, full, write_atomically
-
-__all__ = ["append", "commits", "read", "write_atomically"]
+from experiments.harness.files import FULL, full, locked
 
 COLUMNS = [
     *("id", "status", "error", "kind", "arm", "arch", "objective", "data", "data_digest", "init_from"),
@@ -35,7 +32,7 @@ def append(path: Path, row: dict) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
-    with FileLock(f"{path}.lock"), open(path, "ab+") as file:
+    with locked(Path(f"{path}.lock")), open(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
@@ -53,14 +50,18 @@ def append(path: Path, row: dict) -> None:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """All good rows, the last one where an id stands twice.
+    """All good rows of a ledger, as `parse` finds them; a bad one is left in the file."""
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    return pd.DataFrame(list(parse(content, path).values()), columns=COLUMNS)
 
-    A row that is no JSON object with what makes a row is named in a warning with its line number, once, skipped, and
-    left in the file.
+
+def parse(content: bytes, place: object) -> dict[str, dict]:
+    """Return the good rows of a ledger by id, the last one where an id stands twice.
+
+    A row that is no JSON object with what makes a row is named in a warning with its line number, once, and skipped.
     """
     rows: dict[str, dict] = {}
-    lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             row = json.loads(line)
             missing = [column for column in NEEDED if column not in row]
@@ -69,14 +70,14 @@ def read(path: Path) -> pd.DataFrame:
             rows.pop(row["id"], None)
             rows[row["id"]] = row
         except (ValueError, TypeError) as error:
-            _warn_once(f"{path}, line {number}: not a ledger row, skipped ({error})")
-    return pd.DataFrame(list(rows.values()), columns=COLUMNS)
+            _warn_once(f"{place}, line {number}: not a ledger row, skipped ({error})")
+    return rows
 
 
 @functools.cache
 def _warn_once(text: str) -> None:
     """Warn of what is found again at every look at a ledger, of which a sweep takes many."""
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
 def commits(rows: pd.DataFrame) -> str:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock
-
 from experiments.data.token_data import TokenData
 from experiments.harness import checkpoints, ledger
+from experiments.harness.files import locked, write_atomically
 from experiments.harness.identity import Run, plain
 from experiments.harness.memory import reset_peak_memory
 from experiments.harness.origin import Origin, commit, older_name
@@ -33,7 +32,7 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
     """
     reset_peak_memory()
     run.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.folder / "lock"), running(run.folder / "running"):
+    with locked(run.folder / "lock"), running(run.folder / "running"):
         config = run.config
         if data is None:
             say(run, f"data {config.data.name}: opening, or preparing for the first time")
@@ -73,7 +72,7 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         row = training.train(run, data, prepared, row, threads)
         row = {column: row.get(column) for column in ledger.COLUMNS} | {"finished": now()}
         # First beside the run, then in the ledger: a kill between the two loses nothing.
-        ledger.write_atomically(run.folder / "row.json", json.dumps(row))
+        write_atomically(run.folder / "row.json", json.dumps(row))
         ledger.append(run.ledger, row)
         if row["status"] == "done":
             checkpoints.remove(run.folder)

@@ -6,7 +6,7 @@ from functools import cache
 from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from experiments.harness.origin import targets
 from experiments.terminal import nearest
@@ -18,6 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 PARTS = ("archs", "objectives", "experiments.data")  # of which a config of anybody may build what it likes
 PARTS += tuple(f"experiments.harness.{name}" for name in ("optimisers", "schedules", "trainer"))
 WORDS = {
+    "value_error": "{error}",
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",
@@ -74,8 +75,14 @@ class BudgetSettings(Closed):
     batch_tokens: Positive | None
 
 
+def folder(root: str) -> str:
+    if "://" in root:
+        raise ValueError("must be a folder: python -m experiments.merge brings its runs to an object store, and back")
+    return root
+
+
 class SessionSettings(Closed):
-    root: str
+    root: Annotated[str, AfterValidator(folder)]
     kind: str
     arm: str
     older: Literal["refuse", "accept", "replace"]

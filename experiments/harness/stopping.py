@@ -5,6 +5,7 @@ import sys
 import time
 from threading import current_thread, main_thread
 from types import FrameType
+from typing import Any
 
 import lightning as L
 
@@ -29,7 +30,7 @@ class Checkpoints(L.Callback):
         self.run, self.seconds = run, run.session.checkpoint_seconds
         self.written = time.monotonic()
         self.signal: int | None = None
-        self.effects = {number: signal.getsignal(number) for number in SIGNALS}
+        self.effects: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.listen()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from experiments.findings import write_json
 from experiments.harness import ledger
+from experiments.harness.files import write_atomically
 from experiments.report import figures, page, scalars, tables
 from experiments.report.wording import sentences
 from experiments.scaling.analysis import analyse
@@ -47,5 +48,5 @@ def write(sweep: Path) -> list[str]:
         table.to_csv(sweep / "tables" / f"{name}.csv", index=False)
     scalars.write(sweep / "tensorboard", read)
     path = sweep / "report.html"
-    ledger.write_atomically(path, page.render(design, rows, analysis, prediction))
+    write_atomically(path, page.render(design, rows, analysis, prediction))
     return [*sentences(analysis), f"report: {path}"]

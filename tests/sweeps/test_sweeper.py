@@ -126,7 +126,7 @@ KILLS = {  # in the order in which they come
     "before the plan": (sweeper_module, "write_json", 1),
     "in a training step of the first cell": (Telemetry, "on_train_batch_start", 3),
     "in a training step of a later cell": (Telemetry, "on_train_batch_start", 20),
-    "before a row lies beside its run": (ledger, "write_atomically", 2),
+    "before a row lies beside its run": (run_module, "write_atomically", 2),
     "before a row is in the ledger": (ledger, "append", 2),
     "before the weights are written": (training, "save_weights", 2),
     "before the choice of learning rates is written": (sweeper_module, "write_json", 1),
