@@ -16,10 +16,13 @@ from experiments.terminal import command
 def main(config: DictConfig) -> dict:
     """Train one cell, wherever the launcher runs it. The sweep itself is hydra_plugins/isoflop.py."""
     from experiments.harness.run import execute
-    from experiments.sweeps.worker import end_with_the_sweep
+    from experiments.sweeps.worker import Preempted, end_with_the_sweep
 
     end_with_the_sweep()
-    return execute(run_of(load_config(config.sweep.cell)))
+    try:
+        return execute(run_of(load_config(config.sweep.cell)))
+    except SystemExit as stop:  # a pool of workers would end with it
+        raise Preempted from stop
 
 
 if __name__ == "__main__":

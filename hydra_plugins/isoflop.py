@@ -4,6 +4,7 @@ them at every start, so the sweep itself lives in experiments/sweeps/sweeper.py 
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
@@ -32,9 +33,13 @@ class IsoFlopSweeper(Sweeper):
                 del config.hydra, config.sweep, config.until, config.limit, config.hardware
             return config
 
-        def launch(files: list[Path], first: int) -> None:
-            jobs = [[f"sweep.cell={quoted(file)}"] for file in files]
-            launcher.launch(jobs, initial_job_idx=first)
+        def launch(files: list[Path], needs: list[dict], first: int) -> list[Exception | None]:
+            jobs = [
+                [f"sweep.cell={quoted(file)}", *(f"sweep.needs.{name}={number(value)}" for name, value in its.items())]
+                for file, its in zip(files, needs, strict=True)
+            ]
+            returns = launcher.launch(jobs, initial_job_idx=first)
+            return [job._return_value if job.status is JobStatus.FAILED else None for job in returns]
 
         config = loader.load_sweep_config(given, arguments)
         check_sweep(config)
@@ -42,6 +47,11 @@ class IsoFlopSweeper(Sweeper):
         from experiments.sweeps.sweeper import Sweep  # seconds, for which a mistake need not wait
 
         Sweep(config, compose, launch, arguments).run()
+
+
+def number(value: float | None) -> str:
+    """A number as the value of a Hydra override."""
+    return "null" if value is None else repr(value)
 
 
 def quoted(path: Path) -> str:

@@ -9,6 +9,7 @@ from experiments.harness.identity import plain
 from experiments.harness.settings import Closed, Count, Positive, Seed, conform
 
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 More = Annotated[int, Field(ge=0)]
 
 
@@ -34,6 +35,20 @@ class TuningSettings(Closed):
     widen: More
 
 
+class SmallSettings(Closed):
+    parameters: Positive
+    gpus: Amount
+
+
+class NeedsSettings(Closed):
+    cpus: Count
+    gpus: Amount | None
+    small: SmallSettings | None
+    memory_gb: Positive | None
+    minutes: Count
+    margin: Factor
+
+
 class SweepSettings(Closed):
     """The node `sweep`."""
 
@@ -52,6 +67,7 @@ class SweepSettings(Closed):
     recentre: bool
     above_entropy: bool
     widen: More
+    needs: NeedsSettings
 
 
 def check_sweep(config: DictConfig) -> None:

@@ -2,11 +2,13 @@
 
 import shlex
 import time
-from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pandas as pd
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.findings import jsonable, write_json
@@ -14,6 +16,7 @@ from experiments.harness import ledger
 from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
 from experiments.harness.parts import build, open_data
+from experiments.harness.run import finished, now
 from experiments.harness.settings import check_run
 from experiments.report import report
 from experiments.scaling.analysis import analyse
@@ -28,13 +31,16 @@ from experiments.sweeps.adaptive import (
     missing_cells,
 )
 from experiments.sweeps.dry_run import describe
-from experiments.sweeps.plan import Arm, difference, make_cells, make_plan
+from experiments.sweeps.needs import needs_of
+from experiments.sweeps.plan import Arm, Plan, difference, make_cells, make_plan
 from experiments.sweeps.precision import further_precision, read_wish
 from experiments.sweeps.prices import prices
 from experiments.sweeps.progress import Progress
+from experiments.sweeps.worker import Preempted
 from experiments.terminal import console
 
-TRIES = 3  # launches of the same cells, where workers are killed
+TRIES = 2  # of a cell that dies, in one start of the sweep
+REASON = 300  # characters of why it did
 
 
 class Sweep:
@@ -43,7 +49,8 @@ class Sweep:
     Args:
         config: the settings, checked, of which `sweep`, `until`, `limit` and `hardware` are the sweep's.
         compose: overrides -> the config of a run, with its session but without those.
-        launch: runs configs of runs that lie in these files, numbered from `first`.
+        launch: runs configs of runs that lie in these files, numbered from `first`, with what each needs; returns for
+            each None, or what it died of.
         arguments: of the command, for the plan to say what made it.
 
     Raises:
@@ -55,10 +62,12 @@ class Sweep:
         self,
         config: DictConfig,
         compose: Callable[[list[str]], DictConfig],
-        launch: Callable[[list[Path], int], None],
+        launch: Callable[[list[Path], list[dict], int], list[Exception | None]],
         arguments: list[str],
     ):
         self.launch, self.launched = launch, 0
+        self.over: set[str] = set()  # ids of runs that have ended since the start, one way or another
+        self.deaths: Counter[str] = Counter()
         self.console = console()
         self.settings, run = config.sweep, compose([])
         self.hardware = build(config.hardware) if config.hardware else None
@@ -68,6 +77,7 @@ class Sweep:
         self.wish = read_wish(config.until, config.limit)
         self.folder = Path(run.session.root)
         self.ledger = self.folder / "ledger.jsonl"
+        self.lock = FileLock(self.folder / "plan.lock")  # held by one of several sweeps in the folder while it decides
         self.console.print(f"corpus {run.data.name}: preparing, or opening what is cached")
         data = open_data(run)
         arms = [Arm(spec, self.settings.tokens_per_parameter, compose, data) for spec in self.settings.arms]
@@ -90,20 +100,26 @@ class Sweep:
                 self.console.print(line)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "plan.json").exists():
-            write_json(self.folder / "plan.json", self.plan)
+        with self.lock:
+            if not (self.folder / "plan.json").exists():
+                write_json(self.folder / "plan.json", self.plan)
         self.carry_out("tune", "learning rates", further_rates)
-        self.add(chosen_rates(self.plan, self.arms, ledger.read(self.ledger)))
+        while self.decide(chosen_rates):
+            pass
         self.report_untuned()
         self.carry_out("fit", "fitted budgets", further_sizes)
-        self.sharpen()
-        self.add(held_out_sizes(self.plan, self.arms, ledger.read(self.ledger)))
+        if self.wish:
+            self.carry_out("fit", "more precision", self.sharpen)
+        while self.decide(held_out_sizes):
+            pass
         self.predict()
         self.run_missing("held-out budget", self.plan.select("holdout"))
         if not self.launched:
             cells = sum(map(len, self.plan.groups))
             self.console.print(f"nothing to train: all {cells} cells of {self.folder} were finished before")
-        for line in report.write(self.folder):
+        with self.lock:
+            lines = report.write(self.folder)
+        for line in lines:
             self.console.print(line, markup=False)
 
     def check_code(self, older: str) -> None:
@@ -143,71 +159,99 @@ class Sweep:
                 )
             self.plan = self.plan.with_additions(written)
 
-    def add(self, addition: Addition | None) -> None:
-        """Write an addition to the plan on disk, before anything follows from it."""
-        if addition:
-            self.plan = replace(self.plan, additions=[*self.plan.additions, addition])
-            path = self.folder / "plan.json"
+    def decide(self, further: Stage) -> bool:
+        """Take over what another sweep in this folder has added to the plan, or add what a stage says, on disk before
+        anything follows from it. Returns whether there was anything."""
+        path = self.folder / "plan.json"
+        with self.lock:
             written = read_plan(path)
+            if len(written["additions"]) > len(self.plan.additions):
+                self.plan = self.plan.with_additions(written)
+                return True
+            addition = further(self.plan, self.arms, ledger.read(self.ledger))
+            if addition is None:
+                return False
+            self.plan = replace(self.plan, additions=[*self.plan.additions, addition])
             write_json(path, written | {"additions": [*written["additions"], addition]})
-            self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
+        self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
+        return True
 
     def carry_out(self, kind: str, title: str, further: Stage) -> None:
         """Run the planned cells of a kind, and then what a stage adds to them until it adds nothing."""
-        while True:
+        self.run_missing(title, self.plan.select(kind))
+        while self.decide(further):
             self.run_missing(title, self.plan.select(kind))
-            addition = further(self.plan, self.arms, ledger.read(self.ledger))
-            if addition is None:
-                return
-            self.add(addition)
 
-    def sharpen(self) -> None:
-        """Add runs until the multiplier is known as well as was asked, if anything was."""
-        while self.wish:
-            rows = ledger.read(self.ledger)
-            found = analyse(rows, self.plan.design, None, self.folder).comparisons
-            price = prices(self.arms, self.plan.select("fit"), rows)
-            addition = further_precision(self.plan, self.arms, rows, self.wish, found, price)
-            if not addition.cells:
-                self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
-                return
-            self.add(addition)
-            self.run_missing("more precision", self.plan.select("fit"))
+    def sharpen(self, plan: Plan, arms: Mapping[str, Arm], rows: pd.DataFrame) -> Addition | None:
+        """The runs that make the multiplier better known, until it is known as well as was asked."""
+        assert self.wish is not None
+        found = analyse(rows, plan.design, None, self.folder).comparisons
+        price = prices(arms, plan.select("fit"), rows)
+        addition = further_precision(plan, arms, rows, self.wish, found, price)
+        if addition.cells:
+            return addition
+        self.console.print(f"{addition.stage}: {addition.reason}", markup=False)
+        return None
 
     def run_missing(self, title: str, cells: list[Cell]) -> None:
-        """Launch those cells that have no result yet, again where a worker was killed.
+        """Launch those cells that have no result yet. One that dies is tried again once; then its row says why, and it
+        is tried again when the sweep is started again."""
+        while missing := self.missing(cells):
+            ends = self.launch_all(title, missing, done=len(cells) - len(missing))
+            left = missing_cells(self.plan, self.arms, ledger.read(self.ledger), cells)
+            for cell_id, death in ends.items():
+                if death is None or cell_id not in left:  # it may have died after its row was written
+                    self.over.add(cell_id)
+                else:
+                    self.note_death(cell_id, missing[cell_id], death)
 
-        Raises:
-            ValueError: where workers are killed again and again.
-        """
-        for _ in range(TRIES):
-            missing = missing_cells(self.plan, self.arms, ledger.read(self.ledger), cells)
-            if not missing:
-                return
-            try:
-                self.launch_all(title, missing, done=len(cells) - len(missing))
-                return
-            except BrokenProcessPool:
-                self.console.print("a worker was killed: what was running goes on from its checkpoints")
-        raise ValueError(
-            f"workers were killed {TRIES} times, for want of memory perhaps: finished runs are kept; start the same "
-            "command again with hydra.launcher.n_jobs=1 to go on with one at a time"
-        )
+    def missing(self, cells: list[Cell]) -> dict[str, Cell]:
+        """The cells that are to be launched, by the ids of their runs."""
+        left = missing_cells(self.plan, self.arms, ledger.read(self.ledger), cells)
+        return {cell_id: cell for cell_id, cell in left.items() if cell_id not in self.over}
 
-    def launch_all(self, title: str, missing: dict[str, Cell], done: int) -> None:
-        """Launch cells by the ids of their runs, and show how far they are."""
-        files = {}
+    def note_death(self, cell_id: str, cell: Cell, death: Exception) -> None:
+        """Say that a cell has died, and write its row if it was its last try."""
+        name = f"run {cell_id} ({cell.arm}, {cell.budget:.3g} FLOPs, width {cell.width}, seed {cell.seed})"
+        if isinstance(death, Preempted):
+            self.console.print(f"{name} was told to stop: it goes on from its checkpoint", markup=False)
+            return
+        self.deaths[cell_id] += 1
+        said = str(death).strip().splitlines() or [""]
+        why = f"{type(death).__name__}: {said[0]}"[:REASON]
+        if self.deaths[cell_id] < TRIES:
+            self.console.print(
+                f"{name} died and is tried again, from its checkpoint if it has one ({why})", markup=False
+            )
+            return
+        self.over.add(cell_id)
+        run = run_of(self.arms[cell.arm].configure(cell))
+        row = asdict(cell) | {"id": cell_id, "status": "failed", "error": why, "params_total": cell.params}
+        row |= {"budget_flops": cell.budget, "code": run.code, "commit": commit(), "finished": now()}
+        row |= {part: run.config[part].name for part in ("arch", "objective", "data")}
+        with FileLock(run.folder / "lock"):  # another sweep may be running it
+            if not finished(run):
+                ledger.append(self.ledger, {column: row.get(column) for column in ledger.COLUMNS})
+        self.console.print(f"{name} died again, which its row says; the sweep goes on without it ({why})", markup=False)
+
+    def launch_all(self, title: str, missing: dict[str, Cell], done: int) -> dict[str, Exception | None]:
+        """Launch cells by the ids of their runs, and show how far they are; returns what those died of that did."""
         for cell_id, cell in missing.items():
             folder = self.folder / "cells" / cell_id
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "running").unlink(missing_ok=True)  # left behind by a sweep that was killed
-            files[cell_id] = folder / "cell.yaml"
-            OmegaConf.save(self.arms[cell.arm].configure(cell), files[cell_id], resolve=True)
+            (folder / "running").unlink(missing_ok=True)  # left behind by a worker that was killed
+            text, file = OmegaConf.to_yaml(self.arms[cell.arm].configure(cell), resolve=True), folder / "cell.yaml"
+            with self.lock:  # a worker of another sweep may be reading it
+                if not (file.exists() and file.read_text() == text):
+                    ledger.write_atomically(file, text)
+        # The dearest first, so that no worker is left alone with a long run at the end.
+        order = sorted(missing, key=lambda cell_id: -missing[cell_id].flops)
+        files = [self.folder / "cells" / cell_id / "cell.yaml" for cell_id in order]
+        needs = needs_of((missing[cell_id] for cell_id in order), self.settings.needs, ledger.read(self.ledger))
         with Progress(self.console, title, self.folder, missing, done):
-            # The dearest first, so that no worker is left alone with a long run at the end.
-            order = sorted(missing, key=lambda cell_id: -missing[cell_id].flops)
-            self.launch([files[cell_id] for cell_id in order], self.launched)
+            deaths = self.launch(files, [asdict(its) for its in needs], self.launched)
             self.launched += len(order)
+        return dict(zip(order, deaths, strict=True))
 
     def report_untuned(self) -> None:
         """Print which arms keep the learning rate of their config though tuning was asked for."""
@@ -221,5 +265,6 @@ class Sweep:
     def predict(self) -> None:
         """Write what the fitted budgets say of the held-out one, once, before any of its runs starts."""
         path = self.folder / "prediction.json"
-        if self.plan.holdout_budget and not path.exists():
-            write_json(path, predict(ledger.read(self.ledger), self.plan.design, time.strftime("%FT%T%z")))
+        with self.lock:
+            if self.plan.holdout_budget and not path.exists():
+                write_json(path, predict(ledger.read(self.ledger), self.plan.design, time.strftime("%FT%T%z")))

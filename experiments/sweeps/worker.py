@@ -9,6 +9,10 @@ from threading import Thread
 SECONDS = 1.0  # between looks at the sweep
 
 
+class Preempted(Exception):
+    """A cell was told to stop (SIGTERM), by a cluster that takes its machine away: it has written its checkpoint."""
+
+
 @cache  # once in each process
 def end_with_the_sweep() -> None:
     """End this process when the one that started it is gone, if it is a launcher's worker. What it was training goes on

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
 from experiments import sweep as command
@@ -26,6 +25,8 @@ from experiments.harness import run as run_module
 from experiments.harness.identity import load_config, run_of
 from experiments.harness.telemetry import Telemetry
 from experiments.sweeps import sweeper as sweeper_module
+from experiments.sweeps.worker import Preempted
+from hydra_plugins.launchers import Died
 
 pytestmark = pytest.mark.thorough
 
@@ -98,7 +99,6 @@ def without_training(run):
         "train_seconds": 1.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1.0, "state_bytes": 1.0,
         "device": "none", "code": run.code, "versions": {}, "started": "", "finished": str(time.time()),
     })  # fmt: skip
-    return {}
 
 
 def rows_of(folder):
@@ -168,19 +168,18 @@ def composed(*overrides):
         return compose("sweep", [*SMALL, *ADAPTIVE, *overrides])
 
 
-def sweep_without_training(folder, launch=None):
+def sweep_without_training(folder, launch=None, settings=()):
     """Run a sweep in a folder without the command, Hydra's launcher and the training of its runs."""
 
     def compose_run(overrides):
-        config = composed(*overrides).copy()
+        config = composed(*settings, *overrides).copy()
         config.session.root = str(folder)
         return OmegaConf.masked_copy(config, [key for key in config if key not in ("sweep", "until", "limit")])
 
-    def launch_all(files, first):
-        for file in files:
-            without_training(run_of(load_config(file)))
+    def launch_all(files, needs, first):
+        return [without_training(run_of(load_config(file))) for file in files]
 
-    sweeper_module.Sweep(composed(), compose_run, launch or launch_all, []).run()
+    sweeper_module.Sweep(composed(*settings), compose_run, launch or launch_all, []).run()
 
 
 ADAPTIVE = [
@@ -214,25 +213,80 @@ def test_a_sweep_that_decides_on_its_way_and_is_killed_at_every_write_decides_th
     assert len(lines) == len(rows_of(killed)) == len(cells_of(whole))
 
 
-@pytest.mark.parametrize(("kills", "finishes"), [(2, True), (3, False)])
-def test_cells_whose_worker_is_killed_are_tried_again(tmp_path, capsys, kills, finishes):
-    killed = []
+FOUR_CELLS = (
+    ONE_ARM, "sweep.tuning=null", "sweep.holdout=null", "sweep.budgets=[4e7]", "sweep.sizes=4", "sweep.recentre=false",
+    "sweep.widen=0", "until=null", "limit.flops=null",
+)  # fmt: skip
 
-    def launch(files, first):
+
+@pytest.mark.parametrize(
+    ("deaths", "status", "said"),
+    [
+        ([], "done", []),
+        ([Died("SIGKILL")], "done", ["died and is tried again"]),
+        ([Died("SIGKILL"), Died("out of\nmemory")], "failed", ["died and is tried again", "died again"]),
+        ([Preempted(), Died("node gone"), Preempted()], "done", ["told to stop", "died and is tried", "told to stop"]),
+    ],
+    ids=["no death", "one death", "two deaths", "told to stop, which is no death"],
+)
+def test_a_cell_that_dies_is_tried_again_once_and_then_its_row_says_so(tmp_path, capsys, deaths, status, said):
+    left, launches, victims = list(deaths), [], set()
+
+    def launch(files, needs, first):
+        launches.append([file.parent.name for file in files])
+        ends = []
         for number, file in enumerate(files):
-            if number == 1 and len(killed) < kills:
-                killed.append(file)
-                raise TerminatedWorkerError("killed")
-            without_training(run_of(load_config(file)))
+            if left and number == min(1, len(files) - 1):
+                victims.add(file.parent.name)
+                ends.append(left.pop(0))
+            else:
+                ends.append(without_training(run_of(load_config(file))))
+        return ends
 
-    if finishes:
-        sweep_without_training(tmp_path, launch)
-        assert capsys.readouterr().out.count("a worker was killed") == kills
-    else:
-        with pytest.raises(ValueError, match="workers were killed 3 times.*hydra.launcher.n_jobs=1"):
-            sweep_without_training(tmp_path, launch)
-    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    assert len(lines) == len(rows_of(tmp_path)) == (len(cells_of(tmp_path)) if finishes else kills)
+    sweep_without_training(tmp_path, launch, FOUR_CELLS)
+    lines, rows = (tmp_path / "ledger.jsonl").read_text().splitlines(), rows_of(tmp_path).set_index("id")
+    assert len(lines) == len(rows) == len(cells_of(tmp_path)), "every cell once, whatever else dies"
+    assert len(victims) == (1 if deaths else 0)
+    for victim in victims:
+        assert rows.status[victim] == status and (rows.drop(victim).status == "done").all()
+        assert all(launch == [victim] for launch in launches[1 : 1 + len(deaths) - (status == "failed")])
+        assert rows.error[victim] == ("Died: out of" if status == "failed" else None)
+        assert rows.arm[victim] and rows.params_total[victim] > 0
+    output = capsys.readouterr().out
+    assert [
+        next(words for words in said if words in line) for line in output.splitlines() if line.startswith("run ")
+    ] == said
+
+
+def test_a_cell_that_was_given_up_is_tried_when_the_sweep_is_started_again(tmp_path):
+    given_up = []
+
+    def launch(files, needs, first):
+        given_up[:] = given_up or [files[0]]
+        return [Died("gone") if file in given_up else without_training(run_of(load_config(file))) for file in files]
+
+    sweep_without_training(tmp_path, launch, FOUR_CELLS)
+    assert rows_of(tmp_path).status.value_counts().failed == 1
+    sweep_without_training(tmp_path, settings=FOUR_CELLS)
+    assert set(rows_of(tmp_path).status) == {"done"}
+
+
+def test_two_sweeps_that_decide_in_one_folder_decide_once(tmp_path):
+    """The second begins anew whenever the first is about to launch, and so is ahead of it each time."""
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    sweep_without_training(whole)
+    begun = []
+
+    def launch(files, needs, first):
+        if len(begun) < 3:
+            begun.append(first)
+            sweep_without_training(shared, launch)
+        ledgered = set(rows_of(shared).id)  # a worker would find the row of the other
+        return [None if file.parent.name in ledgered else without_training(run_of(load_config(file))) for file in files]
+
+    sweep_without_training(shared, launch)
+    assert len(begun) == 3 and cells_of(shared) == cells_of(whole)
+    assert len((shared / "ledger.jsonl").read_text().splitlines()) == len(cells_of(whole))
 
 
 def test_all_other_runs_take_the_learning_rate_that_tuning_chose(sweep, tmp_path):
@@ -333,12 +387,6 @@ def test_a_misspelt_name_is_answered_with_the_known_ones(sweep, capsys, override
 
 
 @pytest.mark.slow
-def test_the_same_sweep_runs_through_the_joblib_launcher(sweep, tmp_path):
-    sweep("hydra/launcher=joblib")
-    assert set(rows_of(tmp_path).status) == {"done"} and len(rows_of(tmp_path)) == CELLS
-
-
-@pytest.mark.slow
 def test_a_process_killed_at_random_moments_loses_nothing(tmp_path):
     """The same with real kills."""
     arguments = [sys.executable, "-m", "experiments.sweep", *SMALL, f"session.root={tmp_path}"]
@@ -365,40 +413,3 @@ def test_a_process_killed_at_random_moments_loses_nothing(tmp_path):
     assert len(rows) == len((tmp_path / "ledger.jsonl").read_text().splitlines()) == CELLS, delays
     assert set(rows.status) == {"done"}
     assert all(rows.set_index("id").finished[cell] == when for cell, when in ends.items())
-
-
-def workers_of(root):
-    """The processes of launchers' workers that train below a folder."""
-    found = subprocess.run(["pgrep", "-f", "LokyProcess"], capture_output=True, text=True).stdout.split()
-    return [
-        int(pid) for pid in found if str(root) in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
-def test_a_killed_worker_is_replaced_and_a_killed_sweep_leaves_none_behind(tmp_path):
-    arguments = [*SMALL, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"session.root={tmp_path}"]
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-m", "experiments.sweep", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def wait_for_workers():
-        while not ((tmp_path / "ledger.jsonl").exists() and workers_of(tmp_path)):
-            time.sleep(0.2)
-        return workers_of(tmp_path)
-
-    process = start()
-    wait_for_workers()
-    process.kill()
-    process.wait()
-    time.sleep(5)
-    assert workers_of(tmp_path) == []
-    process = start()
-    os.kill(wait_for_workers()[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and "a worker was killed" in output, output
-    assert len(rows_of(tmp_path)) == CELLS and set(rows_of(tmp_path).status) == {"done"}
