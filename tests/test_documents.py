@@ -58,7 +58,8 @@ def typed():
                     yield name, "train", found
 
 
-COMPOSED = ("train", "sweep", "compare", "score", "calibration", "sample", "context", "anatomy", "bench", "fit")
+COMPOSED = ("train", "sweep", "watch", "merge", "compare", "score", "calibration", "sample", "context", "anatomy")
+COMPOSED += ("bench", "fit")
 
 
 @pytest.mark.thorough

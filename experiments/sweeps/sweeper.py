@@ -103,6 +103,8 @@ class Sweep:
         with self.lock:
             if not (self.folder / "plan.json").exists():
                 write_json(self.folder / "plan.json", self.plan)
+        watch = shlex.join(["python", "-m", "experiments.watch", f"root={self.folder}"])
+        self.console.print(f"to watch it in a browser: {watch}", markup=False)
         self.carry_out("tune", "learning rates", further_rates)
         while self.decide(chosen_rates):
             pass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.harness import ledger, merging
@@ -118,6 +118,25 @@ def test_a_ledger_is_completed_by_the_rows_beside_its_runs(tmp_path):
     (tmp_path / "here" / "cells" / "c.older-1" / "row.json").write_text(json.dumps(row("c", finished="9")))
     assert merge(here.url, []).runs == 3
     assert Place(here.url).listed["c"]["finished"] == "1", "what was put aside is not the run"
+
+
+@settings(max_examples=25, deadline=None)
+@given(found=st.tuples(tables, tables, tables))
+def test_whatever_lies_in_three_places_is_in_one_afterwards_in_whatever_order_it_came(found, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    places = [Store(str(folder / name)) for name in "abc"]
+    for place, table in zip(places, found, strict=True):
+        place.put("cells/none/lock", "")
+        for each in table:
+            place.add(each)
+    urls = [place.url for place in places]
+    one, other = (Store(str(folder / name)) for name in ("one", "other"))
+    merge(one.url, urls)
+    for url in [*reversed(urls), *urls]:
+        merge(other.url, [url])
+    assert Place(one.url).listed == Place(other.url).listed == union(*(Place(url).rows.values() for url in urls))
+    for name, row in Place(one.url).listed.items():
+        assert one.weights(name) == other.weights(name) == f"weights of {row['finished']}"
 
 
 @pytest.mark.parametrize("column", ["code", "data_digest"])

@@ -109,7 +109,7 @@ def test_a_config_of_this_project_may_be_somebody_elses(make_config):
         "numpy.load",
         "torch.load",
         "builtins.eval",
-        "experiments.harness.ledger.write_atomically",
+        "experiments.harness.files.write_atomically",
         "experiments.findings.write_json",
         "experiments.data.corpora.json.loads",
         "archs.mixers.attention.nn.Linear",
