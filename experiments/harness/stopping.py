@@ -59,25 +59,25 @@ class Checkpoints(L.Callback):
             self.write_where_due(trainer)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int, dataloader_idx=0) -> None:
-        if trainer.state.fn == "validate" and self.signal is not None:  # the last evaluation, of no use by halves
-            self.stop(trainer)
+        if trainer.state.fn == "validate":  # the last evaluation, of no use by halves
+            self.stop_where_told(trainer)
 
     def write_where_due(self, trainer: L.Trainer) -> None:
         due = self.signal is not None or time.monotonic() - self.written >= self.seconds
-        if due:
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
             checkpoints.write(self.run.folder, trainer.global_step, trainer.save_checkpoint)
             self.written = time.monotonic()
-        if self.signal is not None:
-            self.stop(trainer)
+            self.stop_where_told(trainer)
 
-    def stop(self, trainer: L.Trainer) -> None:
-        """Let the signal that has come have its effect.
+    def stop_where_told(self, trainer: L.Trainer) -> None:
+        """Let a signal that has come have its effect, to whichever of the processes of a run it came.
 
         Raises:
             SystemExit: where that was to kill the process.
         """
-        assert self.signal is not None
-        number, self.signal = self.signal, None
+        if not trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False):
+            return
+        number, self.signal = self.signal or signal.SIGTERM, None
         told = f"run {self.run.id}: {signal.Signals(number).name} at step {trainer.global_step}"
         print(f"{told}; started again, it goes on from its last checkpoint", file=sys.stderr, flush=True)
         effect = self.effects[number]

@@ -86,6 +86,17 @@ def test_an_evaluation_in_which_a_run_is_killed_is_made_again(make_run, data, mo
     same_as_undisturbed(run)
 
 
+def test_all_processes_of_a_run_stop_at_the_step_at_which_one_is_told(make_run, data, monkeypatch):
+    def agreed(self, decision, all=True):
+        return self.lightning_module.global_step == 7  # another process says so
+
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce_boolean_decision", agreed)
+    run = make_run(*SETTINGS)
+    with pytest.raises(SystemExit) as ended:
+        execute(run, data)
+    assert ended.value.code == 128 + signal.SIGTERM and generations(run.folder)[0][0] == 7
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_the_warning_of_slurm_stops_a_run_with_our_checkpoint_and_not_with_lightnings(
     make_run, data, monkeypatch, number
