@@ -27,13 +27,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from experiments.sweeps.worker import Died
+
 Call = Callable[[], JobReturn]
 LOOK_SECONDS = {"local": 0.5, "slurm": 10.0}  # between looks at the jobs of a cluster
 HERE = ("ARCHIPELAGO_CACHE",)  # of the environment, for jobs that Ray starts elsewhere
-
-
-class Died(Exception):
-    """A job that ended without saying how: why, as far as can be known."""
 
 
 class _Launcher(Launcher):
@@ -171,7 +169,8 @@ class RayLauncher(_Launcher):
 
         if not ray.is_initialized():
             self.connect()
-        most = {name: max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("CPU", "GPU", "memory")}
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        most = {name: max(node["Resources"].get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")}
         tasks = []
         for call, needs in self.calls(job_overrides, initial_job_idx):
             gpus = min(1, most["GPU"]) if needs["gpus"] is None else needs["gpus"]
@@ -193,7 +192,7 @@ class RayLauncher(_Launcher):
             except RayTaskError as error:  # raised by Python: the last line says what
                 return _died(str(error).strip().splitlines()[-1])
             except RayError as error:
-                return _died(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                return _died(f"{type(error).__name__}: {str(error).strip().splitlines()[0].split('. ')[0]}")
 
         try:
             return [ended(task) for task in tasks]
@@ -309,4 +308,5 @@ def _returned(job: Any) -> JobReturn:
         except Exception:
             why = "with an exception"
     said = (job.stderr() or "nothing is said").strip().splitlines()
-    return _died(f"job {job.job_id} ended {why} ({said[-1]}): {job.paths.stderr}")
+    said = [line for line in said if "rror" in line] or said
+    return _died(f"job {job.job_id} ended {why} ({said[-1].strip()}): {job.paths.stderr}")

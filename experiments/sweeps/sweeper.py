@@ -36,7 +36,7 @@ from experiments.sweeps.plan import Arm, Plan, difference, make_cells, make_plan
 from experiments.sweeps.precision import further_precision, read_wish
 from experiments.sweeps.prices import prices
 from experiments.sweeps.progress import Progress
-from experiments.sweeps.worker import Preempted
+from experiments.sweeps.worker import Died, Preempted
 from experiments.terminal import console
 
 TRIES = 2  # of a cell that dies, in one start of the sweep
@@ -220,7 +220,7 @@ class Sweep:
             return
         self.deaths[cell_id] += 1
         said = str(death).strip().splitlines() or [""]
-        why = f"{type(death).__name__}: {said[0]}"[:REASON]
+        why = (said[0] if isinstance(death, Died) else f"{type(death).__name__}: {said[0]}")[:REASON]
         if self.deaths[cell_id] < TRIES:
             self.console.print(
                 f"{name} died and is tried again, from its checkpoint if it has one ({why})", markup=False

@@ -9,6 +9,10 @@ from threading import Thread
 SECONDS = 1.0  # between looks at the sweep
 
 
+class Died(Exception):
+    """A cell's process ended without saying how: why, as far as can be known."""
+
+
 class Preempted(Exception):
     """A cell was told to stop (SIGTERM), by a cluster that takes its machine away: it has written its checkpoint."""
 

@@ -25,8 +25,7 @@ from experiments.harness import run as run_module
 from experiments.harness.identity import load_config, run_of
 from experiments.harness.telemetry import Telemetry
 from experiments.sweeps import sweeper as sweeper_module
-from experiments.sweeps.worker import Preempted
-from hydra_plugins.launchers import Died
+from experiments.sweeps.worker import Died, Preempted
 
 pytestmark = pytest.mark.thorough
 
@@ -250,7 +249,7 @@ def test_a_cell_that_dies_is_tried_again_once_and_then_its_row_says_so(tmp_path,
     for victim in victims:
         assert rows.status[victim] == status and (rows.drop(victim).status == "done").all()
         assert all(launch == [victim] for launch in launches[1 : 1 + len(deaths) - (status == "failed")])
-        assert rows.error[victim] == ("Died: out of" if status == "failed" else None)
+        assert rows.error[victim] == ("out of" if status == "failed" else None)
         assert rows.arm[victim] and rows.params_total[victim] > 0
     output = capsys.readouterr().out
     assert [
