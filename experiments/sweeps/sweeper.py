@@ -4,15 +4,16 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
+from experiments.harness.files import locked, write_atomically
 from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
 from experiments.harness.parts import build, open_data
@@ -77,7 +78,6 @@ class Sweep:
         self.wish = read_wish(config.until, config.limit)
         self.folder = Path(run.session.root)
         self.ledger = self.folder / "ledger.jsonl"
-        self.lock = FileLock(self.folder / "plan.lock")  # held by one of several sweeps in the folder while it decides
         self.console.print(f"corpus {run.data.name}: preparing, or opening what is cached")
         data = open_data(run)
         arms = [Arm(spec, self.settings.tokens_per_parameter, compose, data) for spec in self.settings.arms]
@@ -100,7 +100,7 @@ class Sweep:
                 self.console.print(line)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.lock:
+        with self.deciding():
             if not (self.folder / "plan.json").exists():
                 write_json(self.folder / "plan.json", self.plan)
         watch = shlex.join(["python", "-m", "experiments.watch", f"root={self.folder}"])
@@ -119,7 +119,7 @@ class Sweep:
         if not self.launched:
             cells = sum(map(len, self.plan.groups))
             self.console.print(f"nothing to train: all {cells} cells of {self.folder} were finished before")
-        with self.lock:
+        with self.deciding():
             lines = report.write(self.folder)
         for line in lines:
             self.console.print(line, markup=False)
@@ -161,11 +161,15 @@ class Sweep:
                 )
             self.plan = self.plan.with_additions(written)
 
+    def deciding(self) -> AbstractContextManager[None]:
+        """Held by one of several sweeps in the folder at a time."""
+        return locked(self.folder / "plan.lock")
+
     def decide(self, further: Stage) -> bool:
         """Take over what another sweep in this folder has added to the plan, or add what a stage says, on disk before
         anything follows from it. Returns whether there was anything."""
         path = self.folder / "plan.json"
-        with self.lock:
+        with self.deciding():
             written = read_plan(path)
             if len(written["additions"]) > len(self.plan.additions):
                 self.plan = self.plan.with_additions(written)
@@ -231,7 +235,7 @@ class Sweep:
         row = asdict(cell) | {"id": cell_id, "status": "failed", "error": why, "params_total": cell.params}
         row |= {"budget_flops": cell.budget, "code": run.code, "commit": commit(), "finished": now()}
         row |= {part: run.config[part].name for part in ("arch", "objective", "data")}
-        with FileLock(run.folder / "lock"):  # another sweep may be running it
+        with locked(run.folder / "lock"):  # another sweep may be running it
             if not finished(run):
                 ledger.append(self.ledger, {column: row.get(column) for column in ledger.COLUMNS})
         self.console.print(f"{name} died again, which its row says; the sweep goes on without it ({why})", markup=False)
@@ -243,9 +247,9 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "running").unlink(missing_ok=True)  # left behind by a worker that was killed
             text, file = OmegaConf.to_yaml(self.arms[cell.arm].configure(cell), resolve=True), folder / "cell.yaml"
-            with self.lock:  # a worker of another sweep may be reading it
+            with self.deciding():  # a worker of another sweep may be reading it
                 if not (file.exists() and file.read_text() == text):
-                    ledger.write_atomically(file, text)
+                    write_atomically(file, text)
         # The dearest first, so that no worker is left alone with a long run at the end.
         order = sorted(missing, key=lambda cell_id: -missing[cell_id].flops)
         files = [self.folder / "cells" / cell_id / "cell.yaml" for cell_id in order]
@@ -267,6 +271,6 @@ class Sweep:
     def predict(self) -> None:
         """Write what the fitted budgets say of the held-out one, once, before any of its runs starts."""
         path = self.folder / "prediction.json"
-        with self.lock:
+        with self.deciding():
             if self.plan.holdout_budget and not path.exists():
                 write_json(path, predict(ledger.read(self.ledger), self.plan.design, time.strftime("%FT%T%z")))
