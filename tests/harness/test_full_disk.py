@@ -19,7 +19,10 @@ from experiments.harness.stopping import Checkpoints
 from experiments.harness.training import EVALUATIONS
 from experiments.terminal import mistakes_in_a_sentence
 
-pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full"),
+]
 SETTINGS = "trainer.evaluations=2", "session.checkpoint_seconds=0"
 
 
