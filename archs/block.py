@@ -5,7 +5,9 @@ Shape letters: B sequences, T tokens, D model width.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from archs.contracts import Channel, Mixer, State
 from archs.parameters import adapter_products
@@ -24,9 +26,14 @@ class Block(nn.Module):
         norm: builds a norm from the width.
         norm_at: "pre", "post" or "both".
 
+    Attributes:
+        recompute: whether training keeps no more than what goes in, and runs the block again in the backward pass.
+
     Raises:
         ValueError: for another norm_at.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -50,6 +57,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, visibility: Visibility, state: State | None = None) -> tuple[Tensor, State | None]:
         """x after the block, and the mixer's state after x."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._mix, x_BTD, visibility, state, use_reentrant=False)
+        return self._mix(x_BTD, visibility, state)
+
+    def _mix(self, x_BTD: Tensor, visibility: Visibility, state: State | None) -> tuple[Tensor, State | None]:
         y, state = self.mixer(self.mixer_norm(x_BTD), visibility, state)
         x_BTD = x_BTD + self.mixer_post_norm(y)
         if self.channel is not None:

@@ -41,6 +41,7 @@ class BlockDiffusion(Objective):
     """
 
     samplers = (Unmasking, CachedBlocks)
+    divisible = True
 
     def __init__(self, vocab_size: int, eot: int, block_size: int, timed: bool = False, evaluation_draws: int = 2):
         check_draws(evaluation_draws)
@@ -66,8 +67,9 @@ class BlockDiffusion(Objective):
         masked = blocks * (self.block_size + 1) / 2 + (rest + 1) / 2 * (rest > 0)
         return model.flops(2 * T, self.visibility, counted * masked / T / 2)
 
-    def _noise(self, batch: Batch, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each token: whether it is masked, the weight of its block and the block's fraction of noise, [B, T]."""
+    def noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """As in `Objective`, of each token: whether it is masked, the weight of its block and the block's fraction of
+        noise, [B, T]."""
         B, T = batch.tokens_BT.shape
         place_BT = self.visibility.packed(batch.starts_BT).positions(2 * T)[..., :T].expand(B, T) % self.block_size
         block_BT = (place_BT == 0).flatten().cumsum(0).view(B, T) - 1
@@ -75,7 +77,8 @@ class BlockDiffusion(Objective):
         noisable_MS[block_BT, place_BT] = batch.counted_BT.cpu()
         masked_MS, weight_M, p_M = mask_some(noisable_MS, generator)
         device = batch.tokens_BT.device
-        return masked_MS[block_BT, place_BT].to(device), weight_M[block_BT].to(device), p_M[block_BT].to(device)
+        masked_BT, weight_BT, p_BT = masked_MS[block_BT, place_BT], weight_M[block_BT], p_M[block_BT]
+        return {"masked": masked_BT.to(device), "weight": weight_BT.to(device), "fraction": p_BT.to(device)}
 
     def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_BT: Tensor | None) -> Tensor:
         """Logits [N, V] at masked positions, from the unmasked tokens of their block and the clean blocks before."""
@@ -98,8 +101,9 @@ class BlockDiffusion(Objective):
 
     def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
         """As in `Objective`: the tokens that are masked, in every block as many as are drawn for it."""
-        masked_BT, weight_BT, p_BT = self._noise(batch, generator)
-        return Predictions(self._logits(model, batch, masked_BT, p_BT), masked_BT, weight_BT)
+        noise = self.noise_of(batch, generator)
+        logits_NV = self._logits(model, batch, noise["masked"], noise["fraction"])
+        return Predictions(logits_NV, noise["masked"], noise["weight"])
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
@@ -107,8 +111,9 @@ class BlockDiffusion(Objective):
         itself."""
 
         def draw(generator: Generator) -> Tensor:
-            masked_BT, weight_BT, p_BT = self._noise(batch, generator)
-            return (self.masked_nats(model, batch, masked_BT, p_BT).double() * weight_BT).sum(1)
+            noise = self.noise(batch, generator)
+            nats_BT = self.masked_nats(model, batch, noise["masked"], noise["fraction"])
+            return (nats_BT.double() * noise["weight"]).sum(1)
 
         if self.block_size == 1 and not self.timed:
             return Likelihood(draw(generator), variance=0.0, exact=True)

@@ -38,12 +38,16 @@ class Batch:
         weight 0 are given: they are neither noised nor predicted.
     starts_BT: bool, True where a packed document begins, or None where each sequence is one document.
     extras: whatever else an objective asks its data for, by name; the first axis is B.
+    noise: what chance decided of its loss (see `Objective.noise`), or None where that is still to be drawn.
+    whole: the batch that it is a part of, or None. The losses of the parts sum to the loss of the whole.
     """
 
     tokens_BT: Tensor
     weights_BT: Tensor
     starts_BT: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    noise: Mapping[str, Tensor] | None = None
+    whole: Batch | None = None
 
     @classmethod
     def of(cls, tokens_BT: Tensor) -> Batch:
@@ -55,11 +59,25 @@ class Batch:
         """True at the tokens that are predicted and scored."""
         return self.weights_BT != 0
 
+    @cached_property
+    def all_counted(self) -> Tensor:
+        """The number of tokens that count in the whole batch, a scalar: what the sums of a loss are divided by."""
+        return (self if self.whole is None else self.whole).counted_BT.sum()
+
+    def part(self, rows: slice) -> Batch:
+        """These sequences of the batch, as a part of it."""
+        cut = lambda tensors: tensors and {name: x[rows] for name, x in tensors.items()}  # noqa: E731
+        starts_BT = None if self.starts_BT is None else self.starts_BT[rows]
+        tensors = self.tokens_BT[rows], self.weights_BT[rows], starts_BT
+        return Batch(*tensors, cut(self.extras), cut(self.noise), self if self.whole is None else self.whole)
+
     def to(self, device: torch.device, **kwargs: Any) -> Batch:
         """The same on another device, as `Tensor.to`."""
         move = lambda x: None if x is None else x.to(device, **kwargs)  # noqa: E731
-        tensors = {name: move(getattr(self, name)) for name in ("tokens_BT", "weights_BT", "starts_BT")}
-        return replace(self, **tensors, extras={name: move(x) for name, x in self.extras.items()})
+        tensors = {name: move(getattr(self, name)) for name in ("tokens_BT", "weights_BT", "starts_BT", "whole")}
+        named = (self.extras, self.noise)
+        extras, noise = (some and {name: move(x) for name, x in some.items()} for some in named)
+        return replace(self, **tensors, extras=extras, noise=noise)
 
 
 class Model(Protocol):
@@ -186,6 +204,9 @@ class Objective(ABC):
     samplers: the kinds of sampler that can decode it.
     evaluation_draws: passes of the network that `evaluate` takes over a sequence.
     updates: optimiser steps that are taken on one `experience`.
+    divisible: whether the losses of a batch's parts sum to its loss, so that several processes, or passes, can share a
+        step: sums over tokens are divided by what counts in the whole batch (`Batch.all_counted`), and all chance of
+        the loss is drawn in `noise`.
     """
 
     vocab_size: int
@@ -195,6 +216,7 @@ class Objective(ABC):
     samplers: tuple[type[Sampler], ...]
     evaluation_draws: int = 1
     updates: int = 1
+    divisible: bool = False
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """
@@ -235,6 +257,14 @@ class Objective(ABC):
         """Sequences [T] of the last experience that the model wrote, up to their ends, each with its reward."""
         return ()
 
+    def noise(self, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """Draw what chance decides of the loss of a batch, by name, the first axis B; {} where nothing is."""
+        return {}
+
+    def noise_of(self, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """The noise that was drawn for a batch, or is drawn now."""
+        return self.noise(batch, generator) if batch.noise is None else batch.noise
+
     @abstractmethod
     def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
         """Return what the model says of tokens that count, from what training lets each be seen from; with gradients.
@@ -249,8 +279,9 @@ class Objective(ABC):
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """Return what training minimises, a scalar with gradients: nats per token that counts, each times its weight,
-        and what the objective adds. All chance comes from the generator."""
-        return mean_nats(self.nats(model, batch, generator), batch.weights_BT)
+        and what the objective adds. All chance comes from the generator. Of a part of a batch (`Batch.whole`), where
+        the objective is divisible, its part of that."""
+        return mean_nats(self.nats(model, batch, generator), batch.weights_BT, batch.all_counted)
 
     @abstractmethod
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:

@@ -84,6 +84,7 @@ def summed_nats(
     return total, nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
 
 
-def mean_nats(nats_BT: Tensor, weights_BT: Tensor) -> Tensor:
-    """Mean over the tokens whose weight is not 0 of nats times weight; 0 where there is no such token."""
-    return (nats_BT * weights_BT.to(nats_BT)).sum() / (weights_BT != 0).sum().clamp_min(1)
+def mean_nats(nats_BT: Tensor, weights_BT: Tensor, counted: Tensor) -> Tensor:
+    """The sum of nats times weights over a number of tokens, those whose weight is not 0 here or in the whole batch; 0
+    where there is no such token."""
+    return (nats_BT * weights_BT.to(nats_BT)).sum() / counted.clamp_min(1)

@@ -46,6 +46,7 @@ class MaskedDiffusion(Objective):
 
     visibility = BIDIRECTIONAL
     samplers = (Unmasking,)
+    divisible = True
 
     def __init__(
         self,
@@ -91,12 +92,17 @@ class MaskedDiffusion(Objective):
         """As in `Objective`: all tokens that count are masked together."""
         return self._logits(model, batch, batch.counted_BT, batch.counted_BT.double().mean(1))
 
+    def noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """As in `Objective`: times, and where tokens are masked at them."""
+        t_B = draw_times(len(batch.tokens_BT), self.times, generator)
+        hit_BT = uniform(batch.tokens_BT.shape, generator) < self.schedule.noised(t_B)[:, None]
+        return {"time": t_B, "masked": hit_BT.to(batch.tokens_BT.device)}
+
     def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
         """As in `Objective`: the tokens that are masked at a time drawn."""
-        t_B = draw_times(len(batch.tokens_BT), self.times, generator)
+        noise = self.noise_of(batch, generator)
+        t_B, masked_BT, device = noise["time"], noise["masked"], batch.tokens_BT.device
         p_B, rate_B = self.schedule.noised(t_B), self.schedule.rate(t_B)
-        device = batch.tokens_BT.device
-        masked_BT = (uniform(batch.tokens_BT.shape, generator) < p_B[:, None]).to(device)
         weight_B1, rest_B1 = (rate_B / p_B)[:, None].to(device), (rate_B / (1 - p_B))[:, None].to(device)
         where_BT = masked_BT & batch.counted_BT
         if not self.complementary:
@@ -117,7 +123,7 @@ class MaskedDiffusion(Objective):
         if self.weighting == "bound":
             return super().loss(model, batch, generator)
         said = self.predictions(model, batch, generator)
-        return mean_nats(nats_at(said.logits_NV, batch.tokens_BT, said.where_BT), batch.weights_BT)
+        return mean_nats(nats_at(said.logits_NV, batch.tokens_BT, said.where_BT), batch.weights_BT, batch.all_counted)
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:

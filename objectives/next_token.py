@@ -36,6 +36,7 @@ class NextToken(Objective):
 
     visibility = CAUSAL
     samplers = (Autoregression,)
+    divisible = True
 
     def __init__(self, vocab_size: int, eot: int, ahead: int = 0, ahead_weight: float = 0.3):
         if ahead < 0:
@@ -66,19 +67,17 @@ class NextToken(Objective):
         """As in `Objective`, with the weighted loss of the further tokens. The generator is not used."""
         hidden_BTD, counted_BT = self._hidden(model, batch), batch.counted_BT
         total, _ = summed_nats(model, hidden_BTD, batch.tokens_BT, batch.weights_BT, counted_BT)
-        loss = total / counted_BT.sum().clamp_min(1)
+        loss = total / batch.all_counted.clamp_min(1)
         if not self.ahead:
             return loss
         visibility = CAUSAL.packed(batch.starts_BT)
         further = []
         for k, ahead_BTD in enumerate(model.look_ahead(hidden_BTD, batch.tokens_BT, visibility), 1):
-            weights_BT = batch.weights_BT[:, k:]
-            if visibility.starts_BL is not None:
-                document_BT = visibility.documents()
-                weights_BT = weights_BT * (document_BT[:, k:] == document_BT[:, :-k])
+            weights_BT = _weights_ahead(batch, k)
             everywhere_BT = torch.ones_like(weights_BT, dtype=torch.bool)
             total, _ = summed_nats(model, ahead_BTD, batch.tokens_BT[:, k:], weights_BT, everywhere_BT)
-            further.append(total / (weights_BT != 0).sum().clamp_min(1))
+            counted = weights_BT if batch.whole is None else _weights_ahead(batch.whole, k)
+            further.append(total / (counted != 0).sum().clamp_min(1))
         return loss + self.ahead_weight * torch.stack(further).mean()
 
     @torch.no_grad()
@@ -101,6 +100,15 @@ class NextToken(Objective):
         saved = (1 - 1 / request.copies) * model.flops(shared, CAUSAL, 0.0) if shared else 0.0
         passes = fmean(model.flops(T, CAUSAL, 0.0) for T in samples.lengths_B.tolist())
         return passes - saved + samples.predictions * model.head_flops
+
+
+def _weights_ahead(batch: Batch, k: int) -> Tensor:
+    """Weights [B, T - k] of the tokens that stand k behind another of their document."""
+    weights_BT, visibility = batch.weights_BT[:, k:], CAUSAL.packed(batch.starts_BT)
+    if visibility.starts_BL is None:
+        return weights_BT
+    document_BT = visibility.documents()
+    return weights_BT * (document_BT[:, k:] == document_BT[:, :-k])
 
 
 @dataclass(frozen=True)

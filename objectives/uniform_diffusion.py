@@ -44,6 +44,7 @@ class UniformDiffusion(Objective):
 
     visibility = BIDIRECTIONAL
     samplers = (Revise,)
+    divisible = True
 
     def __init__(
         self,
@@ -91,15 +92,20 @@ class UniformDiffusion(Objective):
         inside_N = K / log_Q_i.exp() - K / X_i + (K * (log_Q_i - X_i.log()) + X_log_X - X_log_Q) / X_i
         return inside_N / (K * a_N)
 
-    def _noised(self, batch: Batch, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, T] noised at times drawn, the fraction of noise and its rate, [B] each."""
+    def noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """As in `Objective`: times, and tokens noised at them."""
         tokens_BT = batch.tokens_BT
         device, (B, T) = tokens_BT.device, tokens_BT.shape
         t_B = 1 - draw_times(B, self.times, generator)  # in [0, 1): at p = 1 the integrand is 0 / 0
         p_B = self.schedule.noised(t_B)
         hit_BT = (uniform((B, T), generator) < p_B[:, None]).to(device) & batch.counted_BT
         random_BT = torch.randint(self.vocab_size, (B, T), generator=generator, device=generator.device).to(device)
-        return torch.where(hit_BT, random_BT, tokens_BT), p_B, self.schedule.rate(t_B)
+        return {"time": t_B, "noised": torch.where(hit_BT, random_BT, tokens_BT)}
+
+    def _noised(self, batch: Batch, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, T] noised at times drawn, the fraction of noise and its rate, [B] each."""
+        noise = self.noise_of(batch, generator)
+        return noise["noised"], self.schedule.noised(noise["time"]), self.schedule.rate(noise["time"])
 
     def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
         """As in `Objective`, with every token from all noised ones, its own too. Their nats are no likelihood: `nats`

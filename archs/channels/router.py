@@ -20,8 +20,8 @@ class Router(nn.Module):
     optimiser step by rate * sign(mean load - load). `balance_loss` weighs E * sum_e f_e P_e (Fedus et al., Switch
     Transformer, arXiv 2101.03961, equation 4), f_e being the fraction of all choices that fell on e and P_e the mean of
     e's score, scores of a token made to sum to one; it is taken over all tokens of one forward pass, not over each
-    sequence, and is 1 at even loads. `z_loss` weighs the mean squared log-sum-exp of the logits (Zoph et al., ST-MoE,
-    arXiv 2202.08906, equation 5), which keeps them small.
+    sequence, and is 1 at even loads; where processes share a batch, f_e is that of all of them. `z_loss` weighs the
+    mean squared log-sum-exp of the logits (Zoph et al., ST-MoE, arXiv 2202.08906, equation 5), which keeps them small.
 
     Args:
         width: model width.
@@ -120,6 +120,7 @@ class Router(nn.Module):
         self.fraction_E = fraction_E.detach()
         losses = {}
         if self.balance_loss:
+            load_E = over_processes(load_E)
             losses["balance"] = self.balance_loss * self.experts * (load_E / load_E.sum() * fraction_E).sum()
         if self.z_loss:
             losses["router_z"] = self.z_loss * logits_NE.logsumexp(-1).square().mean()
@@ -133,7 +134,15 @@ class Router(nn.Module):
         frozen = not self.linear.weight.requires_grad
         if load_E is None or self.choice_bias is None or self.bias_update_rate is None or frozen:
             return
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(load_E)
-        load_E = load_E.to(self.choice_bias.dtype)
+        # A pass that is run again to save memory has counted twice, all experts alike, which leaves the signs.
+        load_E = over_processes(load_E).to(self.choice_bias.dtype)
         self.choice_bias += self.bias_update_rate * torch.sign(load_E.mean() - load_E)
+
+
+def over_processes(load_E: Tensor) -> Tensor:
+    """Return loads summed over the processes that share a batch."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return load_E
+    total_E = load_E.clone()
+    dist.all_reduce(total_E)
+    return total_E

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from omegaconf import DictConfig
 
+from archs.channels.router import Router
 from archs.costs import Costs, costs
 from experiments.data.token_data import TokenData
 from experiments.data.windows import check_enough, document_lengths
@@ -26,7 +27,7 @@ class Measured:
     """A run's model before it is trained, or even given memory.
 
     forward: FLOPs of one forward pass per token. flops_per_step: what the optimiser costs in each step. objective,
-    optimiser: the parts themselves.
+    optimiser: the parts themselves. balanced: whether a loss of the model is of all tokens of a pass together.
     """
 
     costs: Costs
@@ -35,6 +36,7 @@ class Measured:
     flops_per_step: float
     objective: Objective
     optimiser: Optimiser
+    balanced: bool
 
     def evaluation_flops(self, data: TokenData) -> float:
         """Returns what one evaluation on all held-out tokens costs."""
@@ -89,7 +91,8 @@ def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] 
         for flops in (objective.flops, objective.training_flops)
     )
     per_step = optimiser.flops(model.roles())
-    return Measured(costs(model, T, training), forward / T, model.depth, per_step, objective, optimiser)
+    balanced = any(isinstance(part, Router) and part.balance_loss for part in model.modules())
+    return Measured(costs(model, T, training), forward / T, model.depth, per_step, objective, optimiser, balanced)
 
 
 def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation:
@@ -112,12 +115,51 @@ def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation
 
 
 def prepare_run(run: Run, data: TokenData) -> Prepared:
-    """Return what a run will be. Raises ValueError as `measure` and `spend` do, and for a trainer that is not there."""
+    """Return what a run will be. Raises ValueError as `measure` and `spend` do, for a trainer that is not there, and
+    for a run that cannot be spread as it is asked for."""
     config = run.config
-    trainer: Trainer = build(config.trainer)
+    trainer: Trainer = build(config.trainer, **run.spread)
     schedule: Schedule = build(config.schedule)
     measured = measure(config, data, load_trained(run.others))
     allocation, device = spend(config, data, measured), trainer.device()
+    _check_spread(config, data, trainer, measured, allocation)
     precision = trainer.precision_on(device, config.arch.width)
     compiled = trainer.compiles(device, allocation.flops)
     return Prepared(measured, allocation, trainer, schedule, device, precision, compiled)
+
+
+def _check_spread(
+    config: DictConfig, data: TokenData, trainer: Trainer, measured: Measured, allocation: Allocation
+) -> None:
+    """
+    Raises:
+        ValueError: for batches that the run's processes and passes cannot share.
+    """
+    groups = allocation.sequences // allocation.group
+    least, most = (steps * allocation.group for steps in (groups // allocation.steps, -(-groups // allocation.steps)))
+    passes = trainer.passes(most)
+    asked = f"trainer.devices={trainer.devices}, nodes={trainer.nodes}, microbatch={trainer.microbatch}"
+    if trainer.sharded and config.get("adapter"):
+        raise ValueError("trainer.strategy=fsdp does not cut models with adapters: choose ddp, or adapter=none")
+    if trainer.sharded and data.environment is not None and config.data.get("scoring"):
+        raise ValueError(
+            "a model that trainer.strategy=fsdp has cut cannot write answers to be scored: choose ddp, or "
+            "data.scoring=null, which scores none"
+        )
+    if not trainer.divides(most) and not trainer.sharded:
+        return
+    if not measured.objective.divisible:
+        raise ValueError(
+            f"{asked}: batches of objective={config.objective.name} are not cut, since its loss is of whole batches: "
+            "take devices=1, nodes=1, microbatch=null, strategy=auto"
+        )
+    if passes > 1 and measured.balanced:
+        raise ValueError(
+            f"{asked}: the balance of arch={config.arch.name}'s experts is of all tokens of a step together, which "
+            f"{passes} passes one after the other do not see: take microbatch=null, or a balance_loss of 0"
+        )
+    if least // trainer.processes < passes:
+        raise ValueError(
+            f"{asked}: steps of {least} to {most} sequences leave a pass without one: raise budget.batch_tokens or "
+            "microbatch, or take fewer devices"
+        )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from experiments.data.token_data import TokenData
 from experiments.data.windows import TrainWindows, document_starts, heldout_windows
+from experiments.harness import processes
 from experiments.harness.budget import Allocation
 from objectives.contracts import Batch
 
@@ -40,10 +41,13 @@ class DataModule(L.LightningDataModule):
         return TrainBatches(self, 0 if self.trainer is None else self.trainer.global_step)
 
     def val_dataloader(self) -> DataLoader:
-        """All held-out tokens once (see `heldout_batches`)."""
+        """All held-out tokens once (see `heldout_batches`), of which each process takes every n-th batch; some take one
+        more that is another's, since all are to take as many."""
         length = self.allocation.sequence_length
-        batches: Any = heldout_batches(self.data, length, self.packed, self.evaluation_batch)
-        return DataLoader(batches, batch_size=None)
+        batches = heldout_batches(self.data, length, self.packed, self.evaluation_batch)
+        self.heldout_batches, n = len(batches), processes.number()
+        mine: Any = [batches[i % len(batches)] for i in range(processes.rank(), -(-len(batches) // n) * n, n)]
+        return DataLoader(mine, batch_size=None)
 
 
 def heldout_batches(data: TokenData, sequence_length: int, packed: bool, at_once: int) -> list[Batch]:

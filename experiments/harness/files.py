@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Remove a file that cannot be written to its end.
+    """Remove a file, or a folder of shards, that cannot be written to its end.
 
     Raises:
         OSError: where the disk is full, saying so.
@@ -41,7 +42,10 @@ def room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         # safetensors has an error of its own for it.
         if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
             raise full(path) from error

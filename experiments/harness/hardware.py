@@ -14,12 +14,12 @@ LOOK = 0.1  # seconds
 MOST_THREADS = torch.get_num_threads()  # before anything has set it: the cores, or OMP_NUM_THREADS
 
 
-def best_threads(width: int, tokens: int) -> int:
+def best_threads(width: int, tokens: int, processes: int = 1) -> int:
     """Returns the number of threads that pay for a model of this width on so many tokens at a time: those that its
-    hidden layers of four times the width give work to, and no more than there are free cores, since two pools of
-    threads on one core wait for each other (figures in docs/measurements.md)."""
+    hidden layers of four times the width give work to, and no more than each process here has free cores, since two
+    pools of threads on one core wait for each other (figures in docs/measurements.md)."""
     wanted = min(MOST_THREADS, 4 * width * tokens // GRAIN)
-    return max(1, min(wanted, free_cores())) if wanted > 1 else 1
+    return max(1, min(wanted, free_cores() // processes)) if wanted > 1 else 1
 
 
 def free_cores() -> int:
@@ -75,8 +75,11 @@ def _peak_flops(device: torch.device, precision: str, threads: int) -> float:
     return 2 * n**3 / best
 
 
-def device_name(device: torch.device) -> str:
-    """The model of GPU or CPU, with the number of threads used of the latter."""
+def device_name(device: torch.device, processes: int = 1) -> str:
+    """The model of GPU or CPU, with the number of threads used of the latter; and how many, where processes share a
+    run."""
+    if processes > 1:
+        return f"{processes} x {device_name(device)}"
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")

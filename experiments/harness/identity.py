@@ -1,7 +1,8 @@
 """A run's identity: all of its config but one node, `session`, which says where it lies and how it is watched.
 
 Nothing in `session` reaches what computes a result, and nothing beside it is left out of the identity: a group that
-somebody adds to the config is part of it from the first run on.
+somebody adds to the config is part of it from the first run on. How a run is spread over devices (`SPREAD`, of
+`trainer`) only rounds sums otherwise: so that it can go on on another number of them, in its identity stands one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from experiments.harness.settings import check_parts, check_settings
 from experiments.terminal import given, sentence
 
 SESSION = "session"
+# How a run is spread, and what stands for it in every identity; None for what stands in none.
+SPREAD = {"devices": 1, "nodes": 1, "strategy": "auto", "microbatch": None, "recompute": None}
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class Run:
 
     config: its identity, resolved. init_from: the folder of the weights that it begins with, or None. others: by name
     the folders of the runs whose models its objective asks for. In the config stands what these are, and not where.
+    spread: the settings of its trainer that are no part of its identity.
     """
 
     config: DictConfig
     session: Session
     init_from: Path | None = None
     others: Mapping[str, Path] = field(default_factory=dict)
+    spread: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def id(self) -> str:
@@ -89,13 +94,16 @@ def run_of(config: DictConfig) -> Run:
     check_settings(parts)
     session = parts.pop(SESSION)
     session = Session(**session | {"root": Path(session["root"])})
+    trainer = parts["trainer"]
+    spread = {name: trainer.pop(name) for name in SPREAD if name in trainer}
+    trainer |= {name: alone for name, alone in SPREAD.items() if name in spread and alone is not None}
     init_from = None
     if parts["init_from"] is not None:
         init_from, parts["init_from"] = find_weights("init_from", str(parts["init_from"]), session.root)
     others = {}
     for name, (folder, stands_for) in models_of(parts["objective"], session.root).items():
         others[name], parts["objective"]["models"][name] = folder, stands_for
-    run = Run(DictConfig(parts), session, init_from, others)
+    run = Run(DictConfig(parts), session, init_from, others, spread)
     if not (run.folder / "row.json").exists():  # else they were good, and importing them takes a second
         check_parts(parts)
     return run

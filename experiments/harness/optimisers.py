@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from archs.parameters import Role, RoleParameter
 
@@ -171,7 +172,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def orthogonalised(update: Tensor) -> Tensor:
     """U V^T of update = U S V^T, nearly: singular values come to lie between about 0.7 and 1.2. [..., m, n], in
-    bfloat16 on a GPU and in float32 elsewhere (quintic Newton-Schulz, Jordan et al., 2024)."""
+    bfloat16 on a GPU and in float32 elsewhere (quintic Newton-Schulz, Jordan et al., 2024). One that is cut between
+    processes is gathered, and each of them computes all of it and keeps its part."""
+    if isinstance(update, DTensor):
+        whole = orthogonalised(update.full_tensor())
+        return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
     a, b, c = NEWTON_SCHULZ
     x = update.to(torch.bfloat16 if update.is_cuda else torch.float32)
     wide = x.shape[-2] <= x.shape[-1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from experiments.harness.files import locked, write_atomically
 from experiments.harness.identity import Run, plain
 from experiments.harness.memory import reset_peak_memory
 from experiments.harness.origin import Origin, commit, older_name
-from experiments.harness.parts import open_data
+from experiments.harness.parts import build, open_data
 from experiments.harness.settings import check_parts
 
 ORIGIN = "origin.json"  # by what a run was begun
@@ -30,10 +31,27 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
         ValueError: for a config that cannot be run (see `prepare_run`); nothing is written. For a result, or a
             checkpoint, that other code or other data made, unless session.older says what to do with it.
     """
+    if not _spread(run):
+        return _execute(run, data)
+    from experiments.harness import launch
+
+    if not launch.started(run):
+        return _execute(run, data)
+    return launch.together(run, data, build(run.config.trainer).device(), lambda: _execute(run, data))
+
+
+def _spread(run: Run) -> bool:
+    """Returns whether a run takes processes of its own, or was started in several."""
+    asked = run.spread
+    several = asked.get("devices", 1) * asked.get("nodes", 1) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several or asked.get("strategy") == "fsdp"
+
+
+def _execute(run: Run, given: TokenData | None) -> dict:
     reset_peak_memory()
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked(run.folder / "lock"), running(run.folder / "running"):
-        config = run.config
+        config, data = run.config, given
         if data is None:
             say(run, f"data {config.data.name}: opening, or preparing for the first time")
             data = open_data(config)
@@ -69,7 +87,12 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
             "commit": begun.commit,
         }
         row |= {name: config[name].name for name in ("arch", "objective", "data")}
-        row = training.train(run, data, prepared, row, threads)
+        if _spread(run):
+            from experiments.harness import launch
+
+            row = launch.train(run, given, prepared, row, threads)
+        else:
+            row = training.train(run, data, prepared, row, threads)
         row = {column: row.get(column) for column in ledger.COLUMNS} | {"finished": now()}
         # First beside the run, then in the ledger: a kill between the two loses nothing.
         write_atomically(run.folder / "row.json", json.dumps(row))

@@ -75,6 +75,14 @@ class BudgetSettings(Closed):
     batch_tokens: Positive | None
 
 
+class TrainerSettings(Settings):
+    devices: Count = 1
+    nodes: Count = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    microbatch: Count | None = None
+    recompute: bool = False
+
+
 def folder(root: str) -> str:
     if "://" in root:
         raise ValueError("must be a folder: python -m experiments.merge brings its runs to an object store, and back")
@@ -97,6 +105,7 @@ class RunSettings(Settings):
     arch: ArchSettings
     data: DataSettings
     budget: BudgetSettings
+    trainer: TrainerSettings
     seed: Seed
     session: SessionSettings
 

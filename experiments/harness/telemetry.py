@@ -43,7 +43,7 @@ class Telemetry(L.Callback):
         self.step_started = time.perf_counter()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        loss = outputs["loss"].item()  # waits for the device, so that the clock below is honest
+        loss = pl_module.loss.item()  # waits for the device, so that the clock below is honest
         gradient_norm = float(pl_module.gradient_norm)
         seconds = time.perf_counter() - self.step_started
         self.train_seconds += seconds

@@ -18,11 +18,18 @@ class Trainer:
         precision: "float32", "bf16" (autocast), or "auto" for the one that pays on the device.
         compile: whether the model is compiled: true, false, or "auto" for runs that are long enough.
         accelerator: "cpu", "cuda", or "auto".
-        devices, nodes, strategy: as Lightning has them. Runs take one device so far, so nothing but 1, 1 and "auto".
         gradient_clip: largest norm of the gradient.
         evaluations: held-out evaluations in a run, the last one at its end; "auto" for as many, four at most, as cost
             no more than a tenth of the training, and the last in any case.
         evaluation_batch: held-out sequences at a time.
+
+    How a run is spread, which rounds its sums otherwise and is no part of its identity:
+        devices: processes per node, each with one device, that share every batch.
+        nodes: machines.
+        strategy: "ddp", a copy of the model on each device; "fsdp", weights, gradients and the optimiser's state cut
+            between them; "auto", a copy.
+        microbatch: most sequences of a forward pass on one device, None for all that it has of a batch.
+        recompute: whether the backward pass runs each block again, so that only what goes into it is kept.
 
     Raises:
         ValueError: for a value that is not one of these.
@@ -31,12 +38,14 @@ class Trainer:
     precision: str
     compile: bool | str
     accelerator: str
-    devices: int
-    nodes: int
-    strategy: str
     gradient_clip: float
     evaluations: int | Literal["auto"]
     evaluation_batch: int
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"
+    microbatch: int | None = None
+    recompute: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -51,22 +60,41 @@ class Trainer:
                 raise ValueError(f"trainer.{name}={value} must be at least 1")
         if not self.gradient_clip > 0:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be above 0")
-        if (self.devices, self.nodes, self.strategy) != (1, 1, "auto"):
-            raise ValueError(
-                f"trainer.devices={self.devices}, nodes={self.nodes}, strategy={self.strategy!r}: batches are not yet "
-                "cut between processes, so a run takes devices=1, nodes=1, strategy=auto; a sweep's launcher runs "
-                "several runs at once"
-            )
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that share a run."""
+        return self.devices * self.nodes
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is cut between the processes."""
+        return self.strategy == "fsdp"
 
     def device(self) -> torch.device:
         """The device that is meant by `accelerator`.
 
         Raises:
-            ValueError: for cuda where there is none.
+            ValueError: for cuda where there is none, and for more devices than the machine has.
         """
         if self.accelerator == "cuda" and not torch.cuda.is_available():
             raise ValueError("trainer.accelerator=cuda, but torch sees no CUDA device: choose cpu or auto")
-        return torch.device("cpu" if self.accelerator == "cpu" or not torch.cuda.is_available() else "cuda")
+        if self.accelerator == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.devices > torch.cuda.device_count():
+            raise ValueError(
+                f"trainer.devices={self.devices}, but this machine has {torch.cuda.device_count()} CUDA devices"
+            )
+        return torch.device("cuda")
+
+    def passes(self, sequences: int) -> int:
+        """The number of forward passes that each process makes of its part of a batch of so many sequences."""
+        part = -(-sequences // self.processes)
+        return 1 if self.microbatch is None else -(-part // self.microbatch)
+
+    def divides(self, sequences: int) -> bool:
+        """Whether a batch of so many sequences is taken in more parts than one."""
+        return self.processes > 1 or self.passes(sequences) > 1
 
     def precision_on(self, device: torch.device, width: int) -> str:
         """ "float32" or "bf16", for a model of this width."""

@@ -14,14 +14,18 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.device_mesh import DeviceMesh
 
 from archs.adapters import merge
 from archs.checkpoints.adapter import save
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
-from experiments.harness import checkpoints, hardware
+from experiments.harness import checkpoints, hardware, processes
 from experiments.harness.assembly import Prepared
 from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
@@ -31,9 +35,11 @@ from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
 from experiments.harness.parts import build, build_adapter, build_model
 from experiments.harness.progress_bar import ProgressBar
+from experiments.harness.sharding import shard
 from experiments.harness.stopping import Checkpoints
 from experiments.harness.tasks import score
 from experiments.harness.telemetry import Diverged, Telemetry
+from experiments.harness.trainer import Trainer
 from experiments.harness.training_module import TrainingModule
 from experiments.harness.weights import begin_from, save_weights
 from objectives.contracts import Objective
@@ -49,6 +55,7 @@ class Evaluations(L.Callback):
     def __init__(self, folder: Path, allocation: Allocation):
         self.path, self.allocation = folder / EVALUATIONS, allocation
 
+    @rank_zero_only
     def on_validation_end(self, trainer, pl_module) -> None:
         step, flops = trainer.global_step, self.allocation.flops_before(trainer.global_step)
         found = {"step": step, "flops": flops, "bits_per_byte": pl_module.bits_per_byte, "tasks": pl_module.scores}
@@ -77,7 +84,8 @@ def choose_threads(run: Run, prepared: Prepared) -> int:
     """Returns the number of threads that the session asks for, or that is best at this moment."""
     if run.session.threads != "auto":
         return run.session.threads
-    return hardware.best_threads(run.config.arch.width, prepared.allocation.tokens // prepared.allocation.steps)
+    tokens = prepared.allocation.tokens // prepared.allocation.steps // prepared.trainer.processes
+    return hardware.best_threads(run.config.arch.width, tokens, prepared.trainer.devices)
 
 
 def train(run: Run, data: TokenData, prepared: Prepared, row: dict, threads: int) -> dict:
@@ -133,7 +141,7 @@ def _planned(run: Run, data: TokenData, prepared: Prepared) -> dict:
         "batch_tokens": allocation.tokens / allocation.steps,
         "sequence_length": allocation.sequence_length,
         "state_bytes": cost.state_bytes,
-        "device": hardware.device_name(prepared.device),
+        "device": hardware.device_name(prepared.device, prepared.trainer.processes),
         "precision": prepared.precision,
         "compiled": prepared.compiled,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__},
@@ -148,17 +156,22 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     """
     config, folder = run.config, run.folder
     allocation, measured, settings = prepared.allocation, prepared.measured, prepared.trainer
-    cost, peak = measured.costs, hardware.peak_flops(prepared.device, prepared.precision)
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(config))
+    cost, peak = measured.costs, hardware.peak_flops(prepared.device, prepared.precision) * settings.processes
+    first = processes.rank() == 0
+    if first:
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(config))
     L.seed_everything(config.seed, verbose=False)
-    model = build_model(config, measured.objective)
-    if run.init_from is not None:
-        begin_from(model, run.init_from)
-    adapter = build_adapter(config)
-    if adapter:
-        adapter.adapt(model)
-    if prepared.compiled:
-        model.hidden = torch.compile(model.hidden)
+    adapter, place = build_adapter(config), None
+    if settings.sharded:
+        model, place = _in_parts(run, measured.objective, prepared.compiled)
+    else:
+        model = _whole(run, measured.objective)
+        if adapter:
+            adapter.adapt(model)
+        if prepared.compiled:
+            model.hidden = torch.compile(model.hidden)
+    for block in (*model.blocks, *(ahead.block for ahead in model.ahead)):
+        block.recompute = settings.recompute
     module = TrainingModule(
         model,
         measured.objective,
@@ -170,19 +183,27 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         data.heldout_bytes,
         config.seed,
         scoring(config, data, measured.objective),
+        settings.passes,
+        place,
     )
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
     telemetry = Telemetry(logger.experiment, allocation, peak, data.decode)
-    bar = [ProgressBar(telemetry, allocation.steps, prepared.compiled)] if run.session.progress else []
+    bar = [ProgressBar(telemetry, allocation.steps, prepared.compiled)] if run.session.progress and first else []
     evaluations = settings.evaluations_in(allocation.flops, measured.evaluation_flops(data))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = _trainer(
             prepared, evaluations, logger, [telemetry, Evaluations(folder, allocation), Checkpoints(run), *bar]
         )
+        last = processes.from_first(checkpoints.last_good(folder) if first else None)
+        if last and last.is_dir() != settings.sharded:
+            raise ValueError(
+                f"the checkpoint of step {last.stem[5:14]} was written with trainer.strategy="
+                f"{'fsdp' if last.is_dir() else 'ddp or on one device'}: go on with that, or remove {last}"
+            )
         try:
-            trainer.fit(module, data_module, ckpt_path=checkpoints.last_good(folder))
+            trainer.fit(module, data_module, ckpt_path=last)
             if module.evaluated_at < allocation.steps:
                 trainer.validate(module, data_module, verbose=False)
         except SystemExit as error:
@@ -195,10 +216,12 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         {key: row[key] for key in ("arm", "budget_flops", "params_total", "width", "learning_rate", "seed")},
         {"heldout_bits_per_byte": module.bits_per_byte},
     )
-    with replacing(folder / "heldout_nats.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, module.heldout_nats)
+    if first:
+        with replacing(folder / "heldout_nats.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, module.heldout_nats)
     if adapter:
-        save(model, folder / "adapter")
+        if first:
+            save(model, folder / "adapter")
         merge(model)
     save_weights(model, folder / "model.safetensors")
     speed = allocation.tokens / telemetry.train_seconds
@@ -214,9 +237,38 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         "wall_seconds": telemetry.wall_seconds,
         "train_seconds": telemetry.train_seconds,
         "tokens_per_second": speed,
-        "peak_memory_bytes": peak_memory_bytes(prepared.device),
+        "peak_memory_bytes": max(processes.from_all(peak_memory_bytes(prepared.device))),
         "mfu": speed * cost.flops_per_token / peak,
     }
+
+
+def _whole(run: Run, objective: Objective) -> LanguageModel:
+    """Returns the model as it begins."""
+    model = build_model(run.config, objective)
+    if run.init_from is not None:
+        begin_from(model, run.init_from)
+    return model
+
+
+def _in_parts(
+    run: Run, objective: Objective, compiled: bool
+) -> tuple[LanguageModel, Callable[[LanguageModel, DeviceMesh], None]]:
+    """Returns the model on the meta device, and what cuts it and fills it with what `_whole` returns: on the first
+    process alone, and on the CPU, all of that is in memory."""
+    weights = _whole(run, objective).state_dict() if processes.rank() == 0 else {}
+    with torch.device("meta"):
+        model = build_model(run.config, objective)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    return model, functools.partial(shard, weights=weights)
+
+
+def _strategy(settings: Trainer) -> Strategy | str:
+    if settings.sharded:
+        return ModelParallelStrategy(data_parallel_size=settings.processes, tensor_parallel_size=1)
+    # No buffer differs between processes: what changes one is summed over them.
+    return DDPStrategy(broadcast_buffers=False) if settings.processes > 1 else "auto"
 
 
 def _trainer(prepared: Prepared, evaluations: int, logger: Logger, callbacks: list[L.Callback]) -> L.Trainer:
@@ -225,7 +277,9 @@ def _trainer(prepared: Prepared, evaluations: int, logger: Logger, callbacks: li
         accelerator=prepared.device.type,
         devices=settings.devices,
         num_nodes=settings.nodes,
-        strategy=settings.strategy,
+        strategy=_strategy(settings),
+        plugins=[TorchElasticEnvironment()] if settings.processes > 1 or settings.sharded else None,
+        use_distributed_sampler=False,  # the data module knows whose batches are whose
         precision="bf16-mixed" if prepared.precision == "bf16" else "32-true",
         max_steps=steps,
         max_epochs=1,

@@ -5,12 +5,15 @@ Shape letters: B sequences, T tokens.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from archs.language_model import LanguageModel
+from experiments.harness import processes
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.schedules import Schedule, scheduled
 from experiments.harness.telemetry import Diverged
@@ -21,6 +24,12 @@ EVALUATION_SEED = 1  # the same masks for every run, so that arms and sizes are 
 
 class TrainingModule(L.LightningModule):
     """Trains `model` on `objective` for `steps` steps of `tokens` tokens in all and evaluates it on held-out windows.
+
+    A batch is shared by the processes, each of which takes its part in `passes` passes, of the number of its sequences.
+    All see the whole batch and draw the noise for all of it, so that it does not depend on who takes what.
+
+    Attributes, after a step:
+        loss: that of the whole batch, auxiliary_losses included.
 
     Attributes, after an evaluation:
         heldout_nats: [held-out sequences] float64.
@@ -45,11 +54,14 @@ class TrainingModule(L.LightningModule):
         heldout_bytes: int,
         seed: int,
         score: Callable[[LanguageModel], dict] | None = None,
+        passes: Callable[[int], int] = lambda sequences: 1,
+        shard: Callable[[LanguageModel, DeviceMesh], None] | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
+        self.passes, self.shard = passes, shard
         self.beside: Sequence[LanguageModel] = objective.begin(model)
         self.learnt_from: tuple[int, Batch] | None = None  # an experience, and the step that it was made in
         self.scores: dict = {}
@@ -59,19 +71,64 @@ class TrainingModule(L.LightningModule):
         schedule = scheduled(optimizer, self.schedule, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_model(self) -> None:
+        if self.shard is not None:
+            self.shard(self.model, self.device_mesh["data_parallel"])  # pyrefly: ignore[unsupported-operation]
+            self.shard = None  # once: Lightning asks again before it evaluates
+
     def on_fit_start(self) -> None:
         for model in self.beside:
             model.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.zero_grad()
         # A generator made anew from (seed, step) needs no place in the checkpoint.
         generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
         made_in = self.global_step - self.global_step % self.objective.updates
         if self.learnt_from is None or self.learnt_from[0] != made_in:
             self.learnt_from = made_in, self.objective.experience(self.model, batch, generator)
-        loss = self.objective.loss(self.model, self.learnt_from[1], generator)
+        batch = self.learnt_from[1]
+        parts = self.parts(len(batch.tokens_BT))
+        if processes.number() * len(parts) > 1:
+            return self._shared_step(batch, parts, generator)
+        loss = self.objective.loss(self.model, batch, generator)
         self.auxiliary_losses = self.model.auxiliary_losses()
-        return loss + sum(self.auxiliary_losses.values())
+        loss = loss + sum(self.auxiliary_losses.values())
+        self.loss = loss.detach()
+        return loss
+
+    def parts(self, sequences: int) -> list[slice]:
+        """The rows of a batch of so many sequences that this process takes, pass by pass."""
+        number = processes.number() * (passes := self.passes(sequences))
+        bounds = [sequences * part // number for part in range(number + 1)]
+        first = processes.rank() * passes
+        return [slice(*bounds[i : i + 2]) for i in range(first, first + passes)]
+
+    def _shared_step(self, batch: Batch, parts: list[slice], generator: torch.Generator) -> Tensor:
+        """The loss of the last part, of which the gradient is still to be taken."""
+        batch = replace(batch, noise=self.objective.noise(batch, generator))
+        totals: dict[str, Tensor] = {}
+
+        def of_part(rows: slice) -> Tensor:
+            share = (rows.stop - rows.start) / len(batch.tokens_BT)
+            losses = {"": self.objective.loss(self.model, batch.part(rows), generator)}
+            losses |= {name: share * loss for name, loss in self.model.auxiliary_losses().items()}
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss.detach().double()
+            # Strategies take the mean of gradients over processes.
+            return torch.stack(list(losses.values())).sum() * processes.number()
+
+        for rows in parts[:-1]:
+            loss = of_part(rows)
+            with torch.autocast(self.device.type, enabled=False):  # as around Lightning's own backward pass
+                loss.backward()  # in the forward pass of DDP, which sums gradients after the last
+        loss = of_part(parts[-1])
+        summed = processes.summed(torch.stack(list(totals.values()))).float()
+        self.loss, self.auxiliary_losses = summed.sum(), dict(zip(list(totals)[1:], summed[1:], strict=True))
+        return loss
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:
+        pass  # Lightning would do it between the passes of a step and the last of them
 
     def optimizer_step(self, *args, **kwargs) -> None:
         # Not in a hook at the batch's end, which would come after the checkpoint of the step is written.
@@ -79,7 +136,8 @@ class TrainingModule(L.LightningModule):
         self.model.after_step()
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+        self.gradient_norm = processes.gathered(norm)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         if self.objective.updates > 1 and self.learnt_from is not None:
@@ -92,23 +150,25 @@ class TrainingModule(L.LightningModule):
             self.learnt_from = step, Batch(*parts).to(self.device)
 
     def on_validation_epoch_start(self) -> None:
-        self.nats, self.variance = [], 0.0
+        self.nats: list[tuple[Tensor, float]] = []  # and the variance of their sum, batch by batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        generator = torch.Generator().manual_seed(EVALUATION_SEED + batch_idx)
+        index = batch_idx * processes.number() + processes.rank()
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + index)
         likelihood = self.objective.evaluate(self.model, batch, generator)
-        self.nats.append(likelihood.nats_B.cpu())
-        self.variance += likelihood.variance
+        self.nats.append((likelihood.nats_B.cpu(), likelihood.variance))
         self.exact = likelihood.exact
 
     def on_validation_epoch_end(self) -> None:
-        nats = torch.cat(self.nats)
+        in_turn = [found for turn in zip(*processes.from_all(self.nats), strict=True) for found in turn]
+        found, variances = zip(*in_turn[: self.trainer.datamodule.heldout_batches], strict=True)  # type: ignore
+        nats = torch.cat(found)
         if not nats.isfinite().all():
             raise Diverged(f"held-out likelihood is not finite at step {self.global_step}")
         to_bits = 1 / (math.log(2) * self.heldout_bytes)
         self.heldout_nats = nats.numpy()
         self.bits_per_byte = nats.sum().item() * to_bits
-        self.bits_per_byte_se = math.sqrt(self.variance) * to_bits
+        self.bits_per_byte_se = math.sqrt(sum(variances)) * to_bits
         self.bits_per_byte_data_se = nats.std().item() * math.sqrt(len(nats)) * to_bits if len(nats) > 1 else None
         self.scores = {} if self.score is None else self.score(self.model)
         self.evaluated_at = self.global_step

@@ -108,7 +108,7 @@ class Distillation(Tuning):
         nats_N = mixed_kl(log_p_NV, log_teacher_NV, self.mixture)
         nats_BT = nats_N.new_zeros(batch.tokens_BT.shape).masked_scatter(student.where_BT, nats_N)
         self.figures = {"divergence": nats_N.detach().mean().item()}
-        return mean_nats(nats_BT * student.weights_BT.to(nats_BT), batch.weights_BT)
+        return mean_nats(nats_BT * student.weights_BT.to(nats_BT), batch.weights_BT, batch.all_counted)
 
 
 def log_probs(logits_NV: Tensor) -> Tensor:

@@ -96,6 +96,21 @@ def test_a_weight_counts_as_a_factor_on_the_loss_of_its_token(name):
 
 
 @every
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_losses_of_the_parts_of_a_batch_sum_to_its_loss_and_what_a_part_holds_draws_nothing(name, packed):
+    objective = build(name)
+    model, whole = model_for(objective), batch()
+    weights_BT = torch.rand(whole.tokens_BT.shape, generator=generator(2)).mul(2).clamp(min=1) - 1  # half count
+    starts_BT = (torch.arange(LENGTH) % 4 == 0).expand_as(weights_BT) if packed else None
+    whole = replace(whole, weights_BT=weights_BT.double() * torch.arange(5)[:, None], starts_BT=starts_BT)
+    loss = objective.loss(model, whole, generator())
+    noised = replace(whole, noise=objective.noise(whole, generator()))
+    assert objective.divisible
+    parts = [objective.loss(model, noised.part(slice(*rows)), generator(9)) for rows in ((0, 1), (1, 3), (3, 5))]
+    torch.testing.assert_close(sum(parts), loss)
+
+
+@every
 def test_a_held_out_value_says_whether_it_is_exact_and_how_far_a_bound_is_off(name):
     objective = build(name)
     model = model_for(objective).eval()

@@ -78,7 +78,7 @@ def test_a_torn_checkpoint_is_passed_over_and_the_result_is_the_same(
 
 def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(make_run, data, monkeypatch):
     run, free, taken = make_run("session.checkpoint_seconds=0"), iter([2, 1]), []
-    monkeypatch.setattr(hardware, "best_threads", lambda width, tokens: next(free))
+    monkeypatch.setattr(hardware, "best_threads", lambda *_: next(free))
     monkeypatch.setattr("torch.set_num_threads", taken.append)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
@@ -113,6 +113,26 @@ def test_whatever_happens_to_the_bytes_of_a_checkpoint_what_is_taken_is_what_was
     left = whole[:start] + drawn.draw(st.binary(max_size=9)) + whole[drawn.draw(st.integers(start, len(whole))) :]
     last.write_bytes(left)
     assert last_good(folder) == (last if left == whole else before)
+
+
+def test_of_a_checkpoint_that_is_a_folder_every_shard_counts(tmp_path):
+    def shards(folder):
+        folder.mkdir()
+        for name in ("__0_0.distcp", "__1_0.distcp"):
+            (folder / name).write_bytes(name.encode())
+
+    (tmp_path / "unfinished.ckpt").mkdir()
+    (tmp_path / "unfinished.ckpt" / "__7_0.distcp").write_bytes(b"of a kill, on more processes")
+    for step in (1, 2, 3):
+        checkpoints.write(tmp_path, step, shards)
+    (_, last), (_, before) = generations(tmp_path)
+    assert last_good(tmp_path) == last and len(list(last.iterdir())) == 2
+    truncate(last / "__1_0.distcp")
+    assert last_good(tmp_path) == before
+    (before / "__0_0.distcp").unlink()
+    assert last_good(tmp_path) is None
+    checkpoints.remove(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_unfinished_file_is_no_checkpoint(tmp_path):

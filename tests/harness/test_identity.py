@@ -10,7 +10,7 @@ from omegaconf import OmegaConf, open_dict
 from safetensors.torch import save_file
 
 from archs.language_model import LanguageModel
-from experiments.harness.identity import SESSION, find_weights, run_of
+from experiments.harness.identity import SESSION, SPREAD, find_weights, run_of
 from experiments.harness.parts import build_model, build_objective
 from experiments.harness.run import execute
 from experiments.harness.weights import begin_from, load_run
@@ -37,13 +37,20 @@ def test_every_value_outside_the_session_is_part_of_the_identity_and_none_inside
         changed = config.copy()
         other = (not value) if isinstance(value, bool) else value * 2 + 1 if isinstance(value, int | float) else "other"
         OmegaConf.update(changed, path, [other] if isinstance(value, list) else other, force_add=True)
-        if path.startswith(f"{SESSION}."):
+        if path.startswith(f"{SESSION}.") or path.removeprefix("trainer.") in SPREAD:
             inside += 1
             assert run_of(changed).id == before, path
         else:
             outside += 1
             assert run_of(changed).id != before, path
     assert inside >= 5 and outside > 60
+
+
+def test_how_a_run_is_spread_is_kept_beside_an_identity_in_which_one_device_stands(make_run):
+    spread = {"devices": 4, "nodes": 2, "strategy": "fsdp", "microbatch": 3, "recompute": True}
+    run = make_run(*(f"trainer.{name}={value}" for name, value in spread.items()))
+    assert run.spread == spread and run.id == make_run().id
+    assert {name: run.config.trainer.get(name) for name in SPREAD} == SPREAD
 
 
 @pytest.mark.thorough
