@@ -352,6 +352,21 @@ def test_a_cell_that_diverges_or_crashes_does_not_stop_the_others(sweep, tmp_pat
     assert rows_of(tmp_path).status.value_counts().to_dict() == {"done": 7, "diverged": 1}
 
 
+def test_a_cell_that_ends_at_sigterm_is_launched_again_and_costs_the_sweep_nothing(sweep, tmp_path, monkeypatch):
+    original, stopped = training._train, []
+
+    def stop_twice(run, *rest):
+        if len(stopped) < 2:
+            stopped.append(run.id)
+            raise SystemExit(143)
+        return original(run, *rest)
+
+    monkeypatch.setattr(training, "_train", stop_twice)
+    output = sweep(ONE_ARM, "sweep.tuning=null", "sweep.holdout=null", "sweep.budgets=[4e7]")
+    assert output.count("was told to stop: it goes on from its checkpoint") == 2 and "died" not in output
+    assert rows_of(tmp_path).status.value_counts().to_dict() == {"done": 3}
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -364,6 +379,7 @@ def test_a_cell_that_diverges_or_crashes_does_not_stop_the_others(sweep, tmp_pat
         ("sweep.seeds=[]", "sweep.seeds=[] must have at least 1"),
         ("sweep.span=0", "sweep.span=0 must be at least 1"),
         ("sweep.noise=0", "sweep.noise=0 must be above 0"),
+        ("sweep.needs.gpus=-1", "sweep.needs.gpus=-1 must be at least 0"),
         ("sweep.name=../../x", "sweep.name='../../x' must match"),
         ("sweep.tuning={budget:1e9}", "sweep.tuning.budget is no setting: did you mean budgets?"),
         ("sweep.arms=[{arch:transformer}]", "sweep.arms[0].objective must be given"),
