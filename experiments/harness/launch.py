@@ -21,7 +21,7 @@ from experiments.harness.identity import Run
 from experiments.harness.parts import open_data
 
 HERE = "localhost"
-TASK, FOUND = "task", "found"  # files between the launcher and its processes
+TASK, FOUND, FAILED = "task", "found", "failed-"  # files between the launcher and its processes
 
 
 class Failed(RuntimeError):
@@ -86,11 +86,11 @@ def train(run: Run, data: TokenData | None, prepared: Prepared, row: dict, threa
         except SignalException as error:
             raise KeyboardInterrupt(str(error)) from None
         except ChildFailedError as error:
-            message: Any = error.get_first_failure()[1].message
-    if isinstance(message, dict):  # of an exception; of a signal it is text
-        message = message["message"]
-    if message.startswith(name := f"{Failed.__name__}: "):
-        return json.loads(message.removeprefix(name))
+            # The process that failed first, since the others fail because it is gone, and may be seen to end before it.
+            if rows := sorted(Path(folder).glob(f"{FAILED}*"), key=lambda path: path.stat().st_mtime_ns):
+                return json.loads(rows[0].read_text())
+            message: Any = error.get_first_failure()[1].message  # a dictionary of an exception, a text of a signal
+            message = message["message"] if isinstance(message, dict) else message
     return row | {"status": "failed", "error": f"a process of the run ended: {message.strip().splitlines()[-1][:200]}"}
 
 
@@ -99,7 +99,11 @@ def work(folder: str) -> None:
     """Take part in the run of a launcher's folder, as one of its processes."""
     run, data, device, row, threads = pickle.loads((Path(folder) / TASK).read_bytes())
     with processes.group(device, int(os.environ["LOCAL_RANK"])):
-        row = _take_part(run, data, row, threads)
+        try:
+            row = _take_part(run, data, row, threads)
+        except Failed as error:
+            (Path(folder) / f"{FAILED}{processes.rank()}").write_text(str(error))
+            raise
         if processes.rank() == 0:
             (Path(folder) / FOUND).write_text(json.dumps(row))
 
