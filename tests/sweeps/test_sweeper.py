@@ -271,20 +271,20 @@ def test_a_cell_that_was_given_up_is_tried_when_the_sweep_is_started_again(tmp_p
 
 
 def test_two_sweeps_that_decide_in_one_folder_decide_once(tmp_path):
-    """The second begins anew whenever the first is about to launch, and so is ahead of it each time."""
+    """The second begins when the first is about to launch, and so is ahead of it in all that follows."""
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     sweep_without_training(whole)
     begun = []
 
     def launch(files, needs, first):
-        if len(begun) < 3:
+        if not begun:
             begun.append(first)
             sweep_without_training(shared, launch)
         ledgered = set(rows_of(shared).id)  # a worker would find the row of the other
         return [None if file.parent.name in ledgered else without_training(run_of(load_config(file))) for file in files]
 
     sweep_without_training(shared, launch)
-    assert len(begun) == 3 and cells_of(shared) == cells_of(whole)
+    assert begun and cells_of(shared) == cells_of(whole)
     assert len((shared / "ledger.jsonl").read_text().splitlines()) == len(cells_of(whole))
 
 
