@@ -274,7 +274,8 @@ def test_slurm_is_asked_for_what_the_cell_needs_and_refuses_a_part_of_a_gpu():
     ("launcher", "extra"), [(RayLauncher(None, {}), "ray"), (SubmititLauncher("slurm", "", 1, {}), "slurm")]
 )
 def test_a_launcher_whose_package_is_missing_says_what_to_install(monkeypatch, launcher, extra):
-    monkeypatch.setattr("hydra_plugins.launchers.find_spec", lambda name: None)
+    # By the function's own globals: the namespace package that Hydra makes of its plugins need not have this attribute.
+    monkeypatch.setitem(launcher.setup.__globals__, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"not installed: pip install 'archipelago.{extra}.'"):
         launcher.setup(hydra_context=None, task_function=None, config=None)
 
