@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.harness.files import write_atomically
 
 LOG = "failure.log"  # in the run's folder
-LONGEST = 200  # characters of a reason in a row
+LONGEST = 300  # characters of a reason in a row
 
 
 def keep(error: Exception, folder: Path, root: Path) -> str:

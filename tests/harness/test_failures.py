@@ -47,7 +47,7 @@ def test_the_line_of_an_error_that_tells_something_is_taken(error, line):
 
 def test_a_long_line_is_cut(make_run, data, monkeypatch):
     fail_in_a_step(monkeypatch, RuntimeError("/a/long/path" * 500))
-    assert len(execute(make_run(), data)["error"]) < 260
+    assert len(execute(make_run(), data)["error"]) < 360
 
 
 def without_a_compiler(run, data, prepared, row, original=training._train):
