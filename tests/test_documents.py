@@ -77,13 +77,14 @@ def test_what_the_pages_show_can_be_typed(page, config, overrides):
 
 SMALL = ("arch.width=32", "budget.flops=1e9", "data.sequence_length=32", "trainer.compile=false")
 ELSEWHERE = ("cuda", "=RUN", "books/", "token_bins", "fineweb", "hidden_markov", "python_stdlib_bpe", "study")
+ELSEWHERE += ("devices=8", "nodes=2")
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("overrides", [found for _, config, found in typed() if config == "train"], ids=" ".join)
 def test_what_the_pages_show_of_a_run_runs(tmp_path, monkeypatch, overrides):
     if any(word in override for word in ELSEWHERE for override in overrides):
-        pytest.skip("asks for a GPU, the network or minutes, and has tests of its own")
+        pytest.skip("asks for GPUs, the network or minutes, and has tests of its own")
     (tmp_path / "my.txt").write_text("".join(f"line number {i}\n" for i in range(50_000)))
     cache = os.path.abspath(os.environ.get("ARCHIPELAGO_CACHE", ".cache/archipelago"))
     monkeypatch.setenv("ARCHIPELAGO_CACHE", cache)

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.harness import processes
 from experiments.harness.files import room_for
 
 log = logging.getLogger(__name__)
@@ -27,6 +26,8 @@ def write(folder: Path, step: int, save: Callable[[Path], None]) -> None:
         folder: of the run.
         save: writes what is to be kept into a file or a folder, and returns when every process has.
     """
+    from experiments.harness import processes  # torch, for which a run that is found need not wait
+
     unfinished, first = folder / "unfinished.ckpt", processes.rank() == 0
     if first and unfinished.is_dir():
         shutil.rmtree(unfinished)  # shards of more processes than there are now would stay
