@@ -1,0 +1,152 @@
+"""Ablations: variants of a model at equal FLOPs, each at a learning rate of its own, over seeds.
+
+Shape letters: A variants, S seeds.
+"""
+
+import math
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from experiments.findings import Estimate, Verdict, number
+from experiments.harness.identity import run_of
+from experiments.harness.run import finished
+from experiments.report.figures import COLOURS
+from experiments.studies.study import Cell, Compose, Stages, Study
+
+
+@dataclass(frozen=True)
+class Ablation(Study):
+    """Tunes the learning rate of each variant by one seed, trains it at the best by the others, and compares.
+
+    variants: name -> overrides of the config; a budget among them takes the place of the common one. better, than: the
+    variants of which the best is claimed to have a lower loss than the best of the others. margin: by which fraction of
+    the loss it must be lower; below 0, by which it may be higher. learning_rates: those that are tried, evenly apart in
+    their log. widen: more of them at most, while the best is the last. tuning_seed: with which. seeds: of the runs that
+    count, of which equal ones are pairs.
+    """
+
+    variants: dict[str, list[str]]
+    better: list[str]
+    than: list[str]
+    margin: float
+    learning_rates: list[float]
+    widen: int
+    tuning_seed: int
+    seeds: list[int]
+
+    def stages(self, compose: Compose) -> Stages:
+        if unknown := [name for name in (*self.better, *self.than) if name not in self.variants]:
+            raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.variants)}")
+        chosen = dict.fromkeys(self.variants, self.learning_rates[0])
+        if len(self.learning_rates) > 1:
+            chosen = yield from self._tune(compose)
+        yield [self._cell(compose, name, rate, seed) for name, rate in chosen.items() for seed in self.seeds]
+
+    def _tune(self, compose: Compose) -> Generator[Iterable[Cell], list[Cell], dict[str, float]]:
+        """Return the best learning rate of each variant, of those given and of up to `widen` more beyond the last while
+        that is the best; one that has none keeps the first."""
+        rates = sorted(self.learning_rates)
+        step = rates[1] / rates[0]
+        tried: dict[str, dict[float, float]] = {name: dict.fromkeys(rates, math.inf) for name in self.variants}
+        cells = [self._cell(compose, name, rate, self.tuning_seed) for name in self.variants for rate in rates]
+        for more in range(self.widen + 1):
+            for cell in (yield cells):
+                row = finished(cell.run)
+                if row and row["bits_per_byte"] is not None:
+                    tried[cell.labels["variant"]][cell.labels["learning_rate"]] = row["bits_per_byte"]
+            cells = []
+            for name, losses in tried.items():
+                best = min(losses, key=lambda rate: losses[rate])
+                if more < self.widen and best in (min(losses), max(losses)) and losses[best] < math.inf:
+                    beyond = float(f"{best * step if best == max(losses) else best / step:.3g}")
+                    losses[beyond] = math.inf
+                    cells.append(self._cell(compose, name, beyond, self.tuning_seed))
+            if not cells:
+                break
+        return {name: min(losses, key=lambda rate: losses[rate]) for name, losses in tried.items()}
+
+    def _cell(self, compose: Compose, name: str, rate: float, seed: int) -> Cell:
+        config = compose(self.variants[name])
+        config.session.arm = name
+        config.optim.learning_rate, config.seed = rate, seed
+        labels = {"variant": name, "stage": "tune" if seed == self.tuning_seed else "compare"}
+        return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
+
+    def figure(self, table: pd.DataFrame) -> Figure:
+        """Held-out bits per byte of each variant: every run, and the mean over seeds with its interval."""
+        canvas = Figure(figsize=(7.5, 1.4 + 0.42 * len(self.variants)), layout="constrained")
+        axes, rows = canvas.subplots(), compared(table)
+        _, error, reach = additive(rows) if len(rows.columns) > 1 else (None, math.nan, math.nan)
+        for i, name in enumerate(self.variants):
+            if name not in rows:
+                continue
+            side = COLOURS[0] if name in self.better else COLOURS[1] if name in self.than else "0.5"
+            losses = np.exp(rows[name])
+            axes.plot(losses, np.full(len(losses), i), ".", color=side, alpha=0.5)
+            mean = math.exp(rows[name].mean())
+            axes.errorbar(mean, i, xerr=mean * error * reach / math.sqrt(len(rows)), color=side, marker="o", capsize=3)
+        axes.set_yticks(range(len(self.variants)), list(self.variants))
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="held-out bits per byte")
+        axes.set_title("blue: claimed to be better than orange", fontsize="medium")
+        return canvas
+
+    def verdict(self, table: pd.DataFrame) -> Verdict:
+        rows = compared(table)
+        sides = [[name for name in side if name in rows] for side in (self.better, self.than)]
+        if not all(sides) or len(rows) < 2:
+            sentence = f"{len(rows.columns)} variants over {len(rows)} seeds are too few to compare."
+            return Verdict("cannot tell", sentence, None, self.rule)
+        mean, error, reach = additive(rows)
+        best, rival = (min(side, key=lambda name: mean[name]) for side in sides)
+        half = reach * error * math.sqrt(2 / len(rows))
+        effect = Estimate(mean[rival] - mean[best], mean[rival] - mean[best] - half, mean[rival] - mean[best] + half)
+        outcome = "cannot tell"
+        if effect.low > self.margin:
+            outcome = "holds"
+        elif effect.high < self.margin:
+            outcome = "does not hold"
+        said = ", ".join(f"{name} {math.exp(mean[str(name)]):.3f}" for name in rows)
+        state = table[table.stage == "compare"].groupby("variant").state_bytes.first()
+        sentence = (
+            f"Held-out bits per byte, each at its own learning rate: {said}. {rival} less {best}: "
+            f"{100 * effect.value:.2f} % of the loss [{100 * effect.low:.2f}, {100 * effect.high:.2f}], where a run "
+            f"scatters by {100 * error:.2f} %; bytes of decode state {number(state[best])} for {best}, "
+            f"{number(state[rival])} for {rival}."
+        )
+        return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
+
+    def _edges(self, table: pd.DataFrame) -> str:
+        """Names the variants whose best learning rate is the least or the greatest of those that they were tried at."""
+        at_edge = []
+        for name, runs in table.groupby("variant", sort=False):
+            tried, chosen = runs.learning_rate, runs.learning_rate[runs.stage == "compare"]
+            if tried.nunique() > 1 and len(chosen) and chosen.iloc[0] in (tried.min(), tried.max()):
+                at_edge.append(str(name))
+        return f" Best at an end of the rates tried: {', '.join(at_edge)}." if at_edge else ""
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns ln(bits per byte) [S, A] of the runs that count; a variant that lacks a seed is left out."""
+    done = table[(table.status == "done") & (table.stage == "compare")]
+    losses = done.pivot(index="seed", columns="variant", values="bits_per_byte")
+    names = [name for name in dict.fromkeys(table.variant) if name in losses]
+    return losses[names].astype(float).map(math.log).dropna(axis=1)
+
+
+def additive(losses: pd.DataFrame) -> tuple[pd.Series, float, float]:
+    """Returns the means of variants [A], the standard deviation of a run about the sum of its variant and its seed,
+    pooled over all, and Student's t for a 95 % interval with its (A - 1)(S - 1) degrees of freedom."""
+    values, means = losses.to_numpy(), losses.mean(axis=0)
+    residual = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    freedom = (len(losses) - 1) * (len(losses.columns) - 1)
+    if freedom < 1:
+        return means, math.nan, math.nan
+    error = math.sqrt(float((residual**2).sum()) / freedom)
+    return means, error, float(student_t.ppf(0.975, freedom))
