@@ -126,8 +126,12 @@ def test_a_launcher_that_has_a_use_for_the_signal_gets_it_after_the_checkpoint(m
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_stopped_in_a_step_says_what_is_kept(make_run, data, monkeypatch, capsys, number):
     send(monkeypatch, number)
-    with pytest.raises(SystemExit) as ended, stopped_in_a_sentence():
-        execute(make_run(*SETTINGS), data)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are told to ignore it
+    try:
+        with pytest.raises(SystemExit) as ended, stopped_in_a_sentence():
+            execute(make_run(*SETTINGS), data)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and "what is finished is kept; start the same command" in capsys.readouterr().err
 
 
