@@ -109,14 +109,15 @@ class Rotary:
 
     Args:
         base: theta, 10000 in the paper; a larger one reaches further (ABF: Xiong et al., arXiv 2309.16039).
-        fraction: fraction of each head's dimensions that are rotated, the first ones.
+        fraction: fraction of each head's dimensions that are rotated, the first ones, to the nearest pair and one pair
+            at least, so that a sweep may choose heads of any even size.
         layout: which two dimensions are rotated together: "halves" (i and i + half, as in Llama and its descendants) or
             "interleaved" (2i and 2i + 1, as in the paper). A model trained with one is useless with the other.
         scaling: how the frequencies change for lengths beyond those of training (Linear, NTK, Llama3, Yarn), or None.
 
     Raises:
-        ValueError: for a base, layout or fraction that does not exist; when called, for an odd number of rotated
-            dimensions.
+        ValueError: for a base, layout or fraction that does not exist; when called, for heads of an odd number
+            of dimensions.
     """
 
     base: float = 10000.0
@@ -149,12 +150,9 @@ class Rotary:
 
     def turns(self, position: Tensor, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [(B,) T, 1, half] in `dtype` of the positions [T] or [B, T], for heads of D dimensions."""
-        rotated_dims = round(self.fraction * D)
-        if rotated_dims % 2 or rotated_dims == 0:
-            raise ValueError(
-                f"rotary fraction {self.fraction} of {D} dimensions is {rotated_dims}: it must be even and above 0"
-            )
-        half = rotated_dims // 2
+        if D % 2:
+            raise ValueError(f"heads of {D} dimensions cannot be rotated in pairs: take an even number of dimensions")
+        half = max(1, round(self.fraction * D / 2))
         frequency_D = self.base ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
         magnitude = 1.0
         if self.scaling is not None:

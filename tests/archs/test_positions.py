@@ -139,3 +139,18 @@ def test_turns_are_computed_once_per_pass_and_are_those_of_each_layer_by_itself(
     monkeypatch.setattr(Visibility, "for_one_pass", lambda self: self)
     each = run()
     assert torch.equal(once, each) and len(made) == 4 + (2 if name != "decoding" else 0)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "dimensions", "rotated"),
+    [(0.25, 64, 16), (0.25, 24, 6), (0.25, 4, 2), (0.1, 8, 2), (0.5, 6, 4), (1, 6, 6)],
+)
+def test_a_fraction_of_a_head_is_rotated_to_the_nearest_pair(fraction, dimensions, rotated):
+    x = torch.randn(1, 3, 1, dimensions)
+    changed = (Rotary(fraction=fraction)(x, torch.arange(3))[:, 1:] != x[:, 1:]).any(1).flatten()
+    assert changed.tolist() == [True] * rotated + [False] * (dimensions - rotated)
+
+
+def test_heads_of_an_odd_number_of_dimensions_are_refused():
+    with pytest.raises(ValueError, match="heads of 5 dimensions cannot be rotated in pairs"):
+        Rotary(fraction=0.5)(torch.randn(1, 3, 1, 5), torch.arange(3))
