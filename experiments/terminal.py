@@ -100,8 +100,7 @@ def sentence(error: BaseException) -> str | None:
     """Returns what is wrong and what to do, for a mistake in what was given; None for a fault of the program."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        remedy = ": others come with packages, such as hydra-submitit-launcher" if group.startswith("hydra/") else ""
-        return f"{group}={name} is not known{nearest(name, list(error.options or []))}{remedy}"
+        return f"{group}={name} is not known{nearest(name, list(error.options or []))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: write name=value, with quotes around what has spaces or brackets"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:

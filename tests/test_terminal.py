@@ -34,7 +34,7 @@ def train_command(monkeypatch, tmp_path):
         ("arch.widht=16", "arch.widht is no setting: did you mean width?"),
         ("nothing=1", "nothing is no setting: choose one of adapter, arch, budget, data"),
         ("arch.model.mixers.attention.window=8", "+arch.model.mixers.attention.window=..."),
-        ("hydra/launcher=submitit_slurm", "others come with packages, such as hydra-submitit-launcher"),
+        ("hydra/launcher=submitit_slurm", "hydra/launcher=submitit_slurm is not known: did you mean submitit?"),
         ("budget.flops=[1,", "budget.flops=[1, cannot be read: write name=value"),
         ("budget.flops=lots", "budget.flops='lots' must be a number"),
         ("data=text_files", "data.path must be given, as data.path=..."),
