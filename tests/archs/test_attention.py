@@ -108,5 +108,3 @@ def test_a_rotation_depends_on_the_distance_alone_and_leaves_the_rest_of_a_head(
     for distance in range(9):
         diagonal = scores[..., 0].diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand(9 - distance), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="fraction 0.375 of 8 dimensions is 3: it must be even"):
-        Rotary(fraction=0.375)(x, torch.arange(9))
