@@ -23,29 +23,36 @@ from experiments.studies.study import Cell, Compose, Stages, Study
 class Ablation(Study):
     """Tunes the learning rate of each variant by one seed, trains it at the best by the others, and compares.
 
-    variants: name -> overrides of the config; a budget among them takes the place of the common one. better, than: the
-    variants of which the best is claimed to have a lower loss than the best of the others. margin: by which fraction of
-    the loss it must be lower; below 0, by which it may be higher. learning_rates: those that are tried, evenly apart in
-    their log. widen: more of them at most, while the best is the last. tuning_seed: with which. seeds: of the runs that
-    count, of which equal ones are pairs.
+    variants: name -> overrides of the config, of which the name of an earlier variant stands for all of that one's.
+    better, than: the variants of which the best is claimed to have a lower loss than the best of the others. margin: by
+    which fraction of the loss it must be lower; below 0, by which it may be higher. shares: of the budget, for variants
+    that get a part of it. learning_rates: those that are tried, evenly apart in their log. widen: more of them at most,
+    while the best is the last. tuning_seed: with which. seeds: of the runs that count, of which equal ones are pairs.
     """
 
     variants: dict[str, list[str]]
     better: list[str]
     than: list[str]
     margin: float
+    shares: dict[str, float]
     learning_rates: list[float]
     widen: int
     tuning_seed: int
     seeds: list[int]
 
     def stages(self, compose: Compose) -> Stages:
-        if unknown := [name for name in (*self.better, *self.than) if name not in self.variants]:
+        if unknown := [name for name in (*self.better, *self.than, *self.shares) if name not in self.variants]:
             raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.variants)}")
         chosen = dict.fromkeys(self.variants, self.learning_rates[0])
         if len(self.learning_rates) > 1:
             chosen = yield from self._tune(compose)
         yield [self._cell(compose, name, rate, seed) for name, rate in chosen.items() for seed in self.seeds]
+
+    def overrides(self, name: str) -> list[str]:
+        """Return the overrides of a variant, with those of the earlier variants that it names."""
+        earlier = list(self.variants)[: list(self.variants).index(name)]
+        found = ((self.overrides(word) if word in earlier else [word]) for word in self.variants[name])
+        return [override for overrides in found for override in overrides]
 
     def _tune(self, compose: Compose) -> Generator[Iterable[Cell], list[Cell], dict[str, float]]:
         """Return the best learning rate of each variant, of those given and of up to `widen` more beyond the last while
@@ -71,8 +78,9 @@ class Ablation(Study):
         return {name: min(losses, key=lambda rate: losses[rate]) for name, losses in tried.items()}
 
     def _cell(self, compose: Compose, name: str, rate: float, seed: int) -> Cell:
-        config = compose(self.variants[name])
+        config = compose(self.overrides(name))
         config.session.arm = name
+        config.budget.flops *= self.shares.get(name, 1)
         config.optim.learning_rate, config.seed = rate, seed
         labels = {"variant": name, "stage": "tune" if seed == self.tuning_seed else "compare"}
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))

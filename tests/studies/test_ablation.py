@@ -1,6 +1,7 @@
 """An ablation: variants are compared pair by pair of equal seeds, each at its own learning rate."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ RATES = [0.01, 0.02, 0.04]
 def study(margin=0.0, better=("new",), than=("old",)):
     names = {"old": [], "new": [], "other": []}
     return Ablation(
-        "c", "s", "r", names, list(better), list(than), margin, RATES, widen=2, tuning_seed=1000, seeds=[0, 1, 2]
+        "c", "s", "r", names, list(better), list(than), margin, {}, RATES, widen=2, tuning_seed=1000, seeds=[0, 1, 2]
     )
 
 
@@ -134,3 +135,13 @@ def test_a_rate_beyond_which_runs_diverge_is_the_best_and_nothing_is_tried_beyon
 def test_a_variant_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="compares 'young': choose from old, new, other"):
         next(study(better=["young"]).stages(lambda overrides: None))
+
+
+def test_a_variant_that_names_another_has_its_overrides_and_a_share_is_of_the_budget(make_config):
+    variants = {"one": ["arch.width=8"], "two": ["one", "seed=3"], "three": ["two", "arch.width=16"]}
+    ablation = replace(study(), variants=variants, shares={"three": 0.5})
+    assert ablation.overrides("three") == ["arch.width=8", "seed=3", "arch.width=16"]
+    whole, part = (
+        ablation._cell(lambda overrides: make_config(*overrides), name, 0.1, 0).run.config for name in ("two", "three")
+    )
+    assert part.budget.flops == whole.budget.flops / 2 and part.arch.width == 2 * whole.arch.width
