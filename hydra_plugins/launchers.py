@@ -35,7 +35,7 @@ HERE = ("ARCHIPELAGO_CACHE",)  # of the environment, for jobs that Ray starts el
 
 
 class _Launcher(Launcher):
-    """What the launchers share: the calls that their workers make, with what each needs."""
+    """The calls that the workers of a launcher make, with what each needs."""
 
     package: str  # that it is made of
     extra: str  # of this project, which installs that
@@ -300,7 +300,7 @@ def _warned(call: Call) -> JobReturn:
 
 
 def _returned(job: Any) -> JobReturn:
-    """What a job that has ended returned, or where to read why it did not."""
+    """Read what a job that has ended returned, or where it stands why it did not."""
     why = "without a result"
     if job.paths.result_pickle.exists():
         try:

@@ -83,6 +83,11 @@ class Run:
     def ledger(self) -> Path:
         return self.session.root / "ledger.jsonl"
 
+    @property
+    def processes(self) -> int:
+        """How many processes it asks for, on all nodes."""
+        return self.spread.get("devices", 1) * self.spread.get("nodes", 1)
+
 
 def run_of(config: DictConfig) -> Run:
     """The run that a composed config describes.

@@ -34,11 +34,11 @@ def started(run: Run) -> bool:
     Raises:
         ValueError: where they are not as many as the run asks for, or it asks for several nodes and there are none.
     """
-    there, wanted = int(os.environ.get("WORLD_SIZE", 1)), run.spread.get("devices", 1) * run.spread.get("nodes", 1)
-    asked = f"trainer.devices={run.spread.get('devices', 1)} and trainer.nodes={run.spread.get('nodes', 1)}"
-    if there > 1 and there != wanted:
-        raise ValueError(f"{asked} ask for {wanted} processes, and torchrun has started {there} (WORLD_SIZE)")
-    if there == 1 and run.spread.get("nodes", 1) > 1:
+    there, nodes = int(os.environ.get("WORLD_SIZE", 1)), run.spread.get("nodes", 1)
+    asked = f"trainer.devices={run.spread.get('devices', 1)} and trainer.nodes={nodes}"
+    if there > 1 and there != run.processes:
+        raise ValueError(f"{asked} ask for {run.processes} processes, and torchrun has started {there} (WORLD_SIZE)")
+    if there == 1 and nodes > 1:
         raise ValueError(f"{asked}: start it on each node with torchrun (docs/large_runs.md), or take trainer.nodes=1")
     return there > 1
 

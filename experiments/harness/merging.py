@@ -26,8 +26,8 @@ ORIGIN = "code", "data_digest"
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has done. runs: results in the place. taken: by source, the runs that came from there. differing: in
-    words, runs whose results are not equal in all places, though of the same code and data."""
+    """The outcome of a merge. runs: results in the place. taken: by source, the runs that came from there. differing:
+    in words, runs whose results are not equal in all places, though of the same code and data."""
 
     runs: int
     taken: dict[str, int]

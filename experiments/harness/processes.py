@@ -1,4 +1,4 @@
-"""What the processes that share a run say to each other; alone, a process is the first and only one."""
+"""Words between the processes that share a run; alone, a process is the first and only one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -42,9 +42,8 @@ def execute(run: Run, data: TokenData | None = None) -> dict:
 
 def _spread(run: Run) -> bool:
     """Returns whether a run takes processes of its own, or was started in several."""
-    asked = run.spread
-    several = asked.get("devices", 1) * asked.get("nodes", 1) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return several or asked.get("strategy") == "fsdp"
+    several = run.processes > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several or run.spread.get("strategy") == "fsdp"
 
 
 def _execute(run: Run, given: TokenData | None) -> dict:

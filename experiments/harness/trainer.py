@@ -68,7 +68,7 @@ class Trainer:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is cut between the processes."""
+        """Return whether the model is cut between the processes."""
         return self.strategy == "fsdp"
 
     def device(self) -> torch.device:
@@ -93,7 +93,7 @@ class Trainer:
         return 1 if self.microbatch is None else -(-part // self.microbatch)
 
     def divides(self, sequences: int) -> bool:
-        """Whether a batch of so many sequences is taken in more parts than one."""
+        """Return whether a batch of so many sequences is taken in more parts than one."""
         return self.processes > 1 or self.passes(sequences) > 1
 
     def precision_on(self, device: torch.device, width: int) -> str:

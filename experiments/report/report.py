@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from experiments.findings import write_json
 from experiments.harness import ledger
 from experiments.harness.files import write_atomically
 from experiments.report import figures, page, scalars, tables
 from experiments.report.wording import sentences
 from experiments.scaling.analysis import analyse
-from experiments.scaling.design import read_design
-from experiments.scaling.results import read_prediction
+from experiments.scaling.design import Design, read_design
+from experiments.scaling.results import Analysis, Prediction, read_prediction
 
 
 def write(sweep: Path) -> list[str]:
@@ -19,11 +21,8 @@ def write(sweep: Path) -> list[str]:
     A sweep that is not finished is reported as far as it is, and the missing cells are counted.
     """
     sweep = Path(sweep)
-    design, read = read_design(sweep), ledger.read(sweep / "ledger.jsonl")
+    design, read, prediction, analysis = so_far(sweep)
     rows = design.losses(read)
-    said = sweep / "prediction.json"
-    prediction = read_prediction(said) if said.exists() else None
-    analysis = analyse(read, design, prediction, sweep)
     write_json(sweep / "analysis.json", analysis)
     drawn = {
         "frontier": figures.frontier(rows, analysis),
@@ -50,3 +49,11 @@ def write(sweep: Path) -> list[str]:
     path = sweep / "report.html"
     write_atomically(path, page.render(design, rows, analysis, prediction))
     return [*sentences(analysis), f"report: {path}"]
+
+
+def so_far(sweep: Path) -> tuple[Design, pd.DataFrame, Prediction | None, Analysis]:
+    """Return the design of a sweep, the rows of its ledger, what it has predicted if it has, and what the rows tell."""
+    design, rows = read_design(sweep), ledger.read(sweep / "ledger.jsonl")
+    said = sweep / "prediction.json"
+    prediction = read_prediction(said) if said.exists() else None
+    return design, rows, prediction, analyse(rows, design, prediction, sweep)

@@ -37,14 +37,15 @@ def describe(
     for column in ("budget", "width", "depth", "parameters", "tokens", "steps", "FLOPs", "time"):
         table.add_column(column, justify="right")
     price = hardware.prices(arms, cells) if hardware else _prices_here(arms, cells, rows)
-    for cell in cells:
+    seconds = [price(cell) for cell in cells]
+    for cell, own in zip(cells, seconds, strict=True):
         numbers = (f"{cell.budget:.3g}", cell.width, cell.depth, f"{cell.params:,}", f"{cell.tokens:,}", cell.steps)
-        table.add_row(cell.kind, cell.arm, *map(str, numbers), f"{cell.flops:.4g}", between(price(cell)))
+        table.add_row(cell.kind, cell.arm, *map(str, numbers), f"{cell.flops:.4g}", between(own))
     yield table
     if hardware:
-        yield from hardware.describe(cells, price)
+        yield from hardware.describe(cells, seconds)
     else:
-        flops, total = sum(cell.flops for cell in cells), [sum(one) for one in zip(*map(price, cells), strict=True)]
+        flops, total = sum(cell.flops for cell in cells), [sum(one) for one in zip(*seconds, strict=True)]
         told = f"{between(total)} of one thread; as many cells as a launcher has jobs run at a time"
         yield f"{flops:.3g} FLOPs in all, {told}"
     if plan.settings["recentre"] and len(plan.budgets) > 2:

@@ -74,9 +74,9 @@ class Hardware:
 
         return price
 
-    def describe(self, cells: Sequence[Cell], price: Callable[[Cell], Range]) -> Iterator[str]:
-        """Yields how long the cells take on all devices, what they cost, and which do not fit one."""
-        seconds = [price(cell) for cell in cells]
+    def describe(self, cells: Sequence[Cell], seconds: Sequence[Range]) -> Iterator[str]:
+        """Yields how long the cells take on all devices, what they cost, and which do not fit one. seconds: of each
+        cell on one device."""
         total = [sum(one) for one in zip(*seconds, strict=True)]
         stages = [[one for cell, one in zip(cells, seconds, strict=True) if cell.kind == kind] for kind in KINDS]
         spans = [sum(makespan([one[end] for one in stage], self.devices) for stage in stages) for end in (0, 1)]

@@ -1,4 +1,4 @@
-"""What a cell needs of the machine that trains it, for the launchers that share one out (configs/hydra/launcher)."""
+"""Needs of a cell: what the launchers that share machines out (configs/hydra/launcher) have to give it."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from experiments.scaling.design import Cell
-from experiments.sweeps.prices import ENOUGH, fitted
+from experiments.sweeps.prices import prices_so_far
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ def needs_of(cells: Iterable[Cell], settings: DictConfig, rows: pd.DataFrame) ->
     settings: the node `sweep.needs`. rows: of the ledger, whose finished runs tell the time of the next ones of their
     arm; before there are enough of them it is the settings'.
     """
-    done = rows[rows.status == "done"]
-    prices = {arm: fitted(runs) for arm, runs in done.groupby("arm") if len(runs) >= ENOUGH}
-    small = settings.small
-    needs = []
+    prices, small, needs = prices_so_far(rows), settings.small, []
     for cell in cells:
         minutes = settings.minutes
         if cell.arm in prices:

@@ -43,15 +43,18 @@ class Price:
 
 def prices(arms: Mapping[str, Arm], cells: Iterable[Cell], rows: pd.DataFrame) -> Callable[[Cell], float]:
     """Returns cell -> seconds. cells: those that are to be priced; rows: of the ledger."""
-    cells, known = list(cells), {}
-    for name, arm in arms.items():
-        done = rows[(rows.arm == name) & (rows.status == "done")]
-        mine = sorted((cell for cell in cells if cell.arm == name), key=lambda cell: cell.params)
-        if len(done) >= ENOUGH:
-            known[name] = fitted(done)
-        elif mine:
-            known[name] = measured(arm, mine[0], mine[-1])
+    known = prices_so_far(rows)
+    for cell in (cells := sorted(cells, key=lambda cell: cell.params)):
+        if cell.arm not in known:
+            mine = [other for other in cells if other.arm == cell.arm]
+            known[cell.arm] = measured(arms[cell.arm], mine[0], mine[-1])
     return lambda cell: known[cell.arm].of(cell)
+
+
+def prices_so_far(rows: pd.DataFrame) -> dict[str, Price]:
+    """Returns the price of each arm that has enough finished runs among the rows of a ledger to tell it."""
+    done = rows[rows.status == "done"]
+    return {str(arm): fitted(own) for arm, own in done.groupby("arm") if len(own) >= ENOUGH}
 
 
 def fitted(done: pd.DataFrame) -> Price:

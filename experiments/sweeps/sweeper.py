@@ -247,7 +247,7 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "running").unlink(missing_ok=True)  # left behind by a worker that was killed
             text, file = OmegaConf.to_yaml(self.arms[cell.arm].configure(cell), resolve=True), folder / "cell.yaml"
-            with self.deciding():  # a worker of another sweep may be reading it
+            with self.deciding():  # another sweep may be writing it
                 if not (file.exists() and file.read_text() == text):
                     write_atomically(file, text)
         # The dearest first, so that no worker is left alone with a long run at the end.

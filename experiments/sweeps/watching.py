@@ -16,11 +16,9 @@ from experiments.findings import number
 from experiments.harness import ledger
 from experiments.harness.files import locked, write_atomically
 from experiments.harness.identity import load_config
-from experiments.report import page
-from experiments.scaling.analysis import analyse
-from experiments.scaling.design import Cell, Design, read_plan
-from experiments.scaling.results import read_prediction
-from experiments.sweeps.prices import ENOUGH, fitted
+from experiments.report import page, report
+from experiments.scaling.design import Cell, read_plan
+from experiments.sweeps.prices import ENOUGH, fitted, prices_so_far
 from experiments.sweeps.progress import duration
 
 TEMPLATE = Path(__file__).with_name("watching.html")
@@ -49,7 +47,7 @@ class Report:
 
 @dataclass(frozen=True)
 class State:
-    """Where a sweep is.
+    """The state of a sweep.
 
     made: when that was found, in seconds since 1970. planned: cells, with those added so far. failed: those to be tried
     again, which are among those left. running: the longest first. seconds: until all these cells have ended, None where
@@ -146,8 +144,7 @@ def time_left(cells: list[Cell], rows: pd.DataFrame, running: list[Running]) -> 
     done = rows[rows.status == "done"]
     if len(done) < ENOUGH or not running:
         return None
-    by_arm = {arm: fitted(own) for arm, own in done.groupby("arm") if len(own) >= ENOUGH}
-    price = fitted(done)
+    by_arm, price = prices_so_far(done), fitted(done)
     results = rows[rows.status != "failed"]
     ended = Counter(zip(results.kind, results.arm, results.budget_flops, results.width, results.seed, strict=True))
     seconds = -sum(run.seconds for run in running)
@@ -174,10 +171,8 @@ def changed(folder: Path) -> tuple[int, int]:
 
 def report_so_far(folder: Path) -> str:
     """Return the page of the report on what is there, which writes no other file."""
-    design, read = Design.from_plan(read_plan(folder / "plan.json")), ledger.read(folder / "ledger.jsonl")
-    said = folder / "prediction.json"
-    prediction = read_prediction(said) if said.exists() else None
-    return page.render(design, design.losses(read), analyse(read, design, prediction, folder), prediction)
+    design, rows, prediction, analysis = report.so_far(folder)
+    return page.render(design, design.losses(rows), analysis, prediction)
 
 
 def render(state: State | None, name: str, report: Report = Report("", 0.0)) -> str:

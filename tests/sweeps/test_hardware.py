@@ -21,6 +21,10 @@ def priced(cell):
     return CARD.seconds(cell.steps, cell.flops, 100)
 
 
+def described(cells, card=CARD):
+    return list(card.describe(cells, [*map(priced, cells)]))
+
+
 @pytest.fixture
 def cells():
     return Untrained(tuning=None).plan.cells
@@ -42,25 +46,25 @@ def test_runs_on_several_devices_end_no_sooner_than_they_can_and_within_twice_of
 
 def test_a_stage_waits_for_the_one_before(cells):
     kinds = [replace(cell, kind=kind, steps=1, flops=1e12) for cell in cells[:2] for kind in ("tune", "fit", "holdout")]
-    said = list(CARD.describe(kinds, priced))
+    said = described(kinds)
     assert "15 s to 30 s of one a card; 2 of them would take 8 s to 15 s" in said[0]
 
 
 def test_money_is_only_named_at_a_stated_rate(cells):
     hour = [replace(cells[0], steps=1, flops=0.2e12 * 3600)]
-    assert any("hardware.dollars_per_hour=" in line for line in CARD.describe(hour, priced))
-    said = list(replace(CARD, dollars_per_hour=3.0).describe(hour, priced))
+    assert any("hardware.dollars_per_hour=" in line for line in described(hour))
+    said = described(hour, replace(CARD, dollars_per_hour=3.0))
     assert "Money: $1.50 to $3.00 at $3 per hour" in said[1]
 
 
 def test_models_that_do_not_fit_a_device_are_named(cells):
-    assert not any("do not fit" in line for line in CARD.describe(cells, priced))
-    said = list(CARD.describe([*cells, replace(cells[0], params=10**9)], priced))
+    assert not any("do not fit" in line for line in described(cells))
+    said = described([*cells, replace(cells[0], params=10**9)])
     assert said[-1].startswith("1 cells do not fit one of them: arm0 of 1,000,000,000 parameters has 16 GB")
 
 
 def test_one_long_cell_is_said_to_hold_up_the_others(cells):
-    said = list(CARD.describe([*cells, replace(cells[0], flops=1e18)], priced))
+    said = described([*cells, replace(cells[0], flops=1e18)])
     assert any(line.startswith("The longest cell alone, arm0 at 3e+10") for line in said)
 
 
