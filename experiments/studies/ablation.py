@@ -18,6 +18,9 @@ from experiments.harness.run import finished
 from experiments.report.figures import COLOURS
 from experiments.studies.study import Cell, Compose, Stages, Study
 
+MOST_SEEDS = 1000
+TOO_LITTLE = f" Not even {MOST_SEEDS} seeds would tell so little."
+
 
 @dataclass(frozen=True)
 class Ablation(Study):
@@ -128,6 +131,11 @@ class Ablation(Study):
             f"scatters by {100 * error:.2f} %; bytes of decode state {number(state[best])} for {best}, "
             f"{number(state[rival])} for {rival}."
         )
+        if outcome == "cannot tell":
+            seeds = len(rows) * (half / max(abs(effect.value - self.margin), 1e-9)) ** 2
+            sentence += (
+                f" To tell so little would take {math.ceil(seeds)} seeds." if seeds <= MOST_SEEDS else TOO_LITTLE
+            )
         return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
 
     def _edges(self, table: pd.DataFrame) -> str:

@@ -36,7 +36,8 @@ def write_index(results: Path, names: list[str]) -> None:
         "# Claims and verdicts",
         "",
         "One line per study: `python -m experiments.study name=...` tests one again. The rule of each verdict was",
-        "written before its runs and stands in its config, in configs/study. This page is written by the command.",
+        "written before its runs and stands in its config, in configs/study; where these are a sweep's, it was written",
+        "after them. This page is written by the command.",
         "",
         "| study | claim | verdict | effect | what was found | runs, time |",
         "|---|---|---|---|---|---|",
@@ -51,7 +52,7 @@ def write_index(results: Path, names: list[str]) -> None:
         if effect is not None:
             high = "∞" if effect["high"] is None else f"{effect['high']:.3g}"
             shown = f"{effect['value']:.3g} [{effect['low']:.3g}, {high}]"
-        spent = f"{result['runs']}, {result['run_seconds'] / 60:.0f} min"
+        spent = f"{result['runs']}, {result['run_seconds'] / 60:.0f} min" if result["runs"] else "a sweep's"
         links = f"[figure]({name}/figure.png), [table]({name}/table.csv)"
         lines.append(
             f"| {name} | {result['claim']} ({result['source']}) | **{verdict['outcome']}** | {shown} "

@@ -82,6 +82,10 @@ class Study(ABC):
         """Return what is found on a trained model besides its row in the ledger: one dict per row of the table."""
         return [{}]
 
+    def table(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the table that figure and verdict are of, from the rows of all cells."""
+        return rows
+
     @abstractmethod
     def figure(self, table: pd.DataFrame) -> Figure:
         """The table at a glance."""
@@ -115,11 +119,12 @@ def carry_out(study: Study, stages: Stages, settings: DictConfig, root: Path, ou
         cells += stage
     runs = {cell.run.id: cell.run for cell in cells}
     open_once: dict[str, TokenData] = {}
-    table = pd.DataFrame(
+    lines = (
         line
         for cell in track(cells, description="measurements")
         for line in rows_of(study, cell, rows, runs, settings, open_once)
     )
+    table = study.table(pd.DataFrame(lines))
     verdict = study.verdict(table)
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "table.csv", index=False, float_format="%.6g")

@@ -1,6 +1,7 @@
 """An ablation: variants are compared pair by pair of equal seeds, each at its own learning rate."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,21 @@ def test_the_verdict_asks_whether_the_best_is_lower_by_the_margin(gain, margin, 
     verdict = study(margin).verdict(table({"old": 0.0, "new": gain, "other": 0.5}, scatter=0.001))
     assert verdict.outcome == outcome and verdict.rule == "r"
     assert verdict.effect.value == pytest.approx(gain, abs=0.003)
+
+
+@pytest.mark.parametrize("gain", [0.004, 0.008])
+def test_over_as_many_seeds_as_are_named_the_interval_is_as_narrow_as_the_difference(gain):
+    few = study().verdict(table({"old": 0.0, "new": gain, "other": 0.0}, scatter=0.01, seeds=8))
+    assert few.outcome == "cannot tell"
+    seeds = int(re.search(r"would take (\d+) seeds", few.sentence)[1])
+    many = study().verdict(table({"old": 0.0, "new": gain, "other": 0.0}, scatter=0.01, seeds=seeds)).effect
+    assert (many.high - many.low) / 2 == pytest.approx(abs(few.effect.value), rel=0.5)
+
+
+def test_no_number_of_seeds_is_named_for_no_difference():
+    runs = table({"old": 0.0, "new": 0.0}, scatter=0.01)
+    none = study(margin=study().verdict(runs).effect.value).verdict(runs)
+    assert none.outcome == "cannot tell" and "Not even 1000 seeds" in none.sentence
 
 
 def test_the_best_of_each_side_counts():

@@ -33,7 +33,7 @@ def test_its_tiny_form_runs_ends_in_a_verdict_and_is_not_run_again(name, tmp_pat
     assert verdict.outcome in StudyOutcome.__args__ and verdict.sentence and verdict.rule
     table = pd.read_csv(tmp_path / "out" / "table.csv")
     plan = json.loads((tmp_path / "runs" / "plan.json").read_text())
-    assert set(table.status.dropna()) == {"done"} and len(table) >= len(plan["cells"])
+    assert len(table) >= len(plan["cells"]) and (not plan["cells"] or set(table.status.dropna()) == {"done"})
     assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
     kept = json.loads((tmp_path / "out" / "verdict.json").read_text())
     assert kept["verdict"]["rule"] == plan["rule"] == verdict.rule and kept["planned"] == plan["written"]
