@@ -57,6 +57,7 @@ class Telemetry(L.Callback):
                 trainer.global_step,
                 loss=loss,
                 gradient_norm=gradient_norm,
+                **({"skipped_steps": len(pl_module.spikes.steps)} if pl_module.spikes else {}),
                 learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
                 tokens_per_second=batch.tokens_BT.numel() / seconds,
                 model_flops_utilisation=flops_per_second / self.peak_flops,

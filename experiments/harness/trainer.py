@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from experiments.harness import hardware
+from experiments.harness.spikes import Spikes
 
 MOST, SHARE = 4, 0.1  # evaluations of "auto", and of the training what they may cost
 
@@ -22,6 +23,8 @@ class Trainer:
         evaluations: held-out evaluations in a run, the last one at its end; "auto" for as many, four at most, as cost
             no more than a tenth of the training, and the last in any case.
         evaluation_batch: held-out sequences at a time.
+        skip_spikes: a step whose gradient's norm is so many times the median of those before it is left out, and its
+            number stands in the row; None leaves out none.
 
     How a run is spread, which rounds its sums otherwise and is no part of its identity:
         devices: processes per node, each with one device, that share every batch.
@@ -46,6 +49,7 @@ class Trainer:
     strategy: str = "auto"
     microbatch: int | None = None
     recompute: bool = False
+    skip_spikes: float | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -60,6 +64,8 @@ class Trainer:
                 raise ValueError(f"trainer.{name}={value} must be at least 1")
         if not self.gradient_clip > 0:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be above 0")
+        if self.skip_spikes is not None and not self.skip_spikes > 1:
+            raise ValueError(f"trainer.skip_spikes={self.skip_spikes} must be above 1, or null to leave out no step")
 
     @property
     def processes(self) -> int:
@@ -70,6 +76,10 @@ class Trainer:
     def sharded(self) -> bool:
         """Return whether the model is cut between the processes."""
         return self.strategy == "fsdp"
+
+    def spikes(self) -> Spikes | None:
+        """Return what tells the steps that are left out; None where none are."""
+        return None if self.skip_spikes is None else Spikes(self.skip_spikes)
 
     def device(self) -> torch.device:
         """The device that is meant by `accelerator`.

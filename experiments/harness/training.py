@@ -185,6 +185,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         scoring(config, data, measured.objective),
         settings.passes,
         place,
+        settings.spikes(),
     )
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
@@ -233,6 +234,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         "bits_per_byte_kind": "exact" if module.exact else "bound",
         "entropy_bits_per_byte": data.heldout_entropy and data.heldout_entropy / math.log(2) / data.heldout_bytes,
         "train_loss": telemetry.train_loss,
+        "skipped_steps": module.spikes.steps if module.spikes else None,
         "tasks": module.scores or None,
         "wall_seconds": telemetry.wall_seconds,
         "train_seconds": telemetry.train_seconds,

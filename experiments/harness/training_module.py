@@ -16,6 +16,7 @@ from archs.language_model import LanguageModel
 from experiments.harness import processes
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.schedules import Schedule, scheduled
+from experiments.harness.spikes import Spikes
 from experiments.harness.telemetry import Diverged
 from objectives.contracts import Batch, Objective
 
@@ -56,12 +57,13 @@ class TrainingModule(L.LightningModule):
         score: Callable[[LanguageModel], dict] | None = None,
         passes: Callable[[int], int] = lambda sequences: 1,
         shard: Callable[[LanguageModel, DeviceMesh], None] | None = None,
+        spikes: Spikes | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
-        self.passes, self.shard = passes, shard
+        self.passes, self.shard, self.spikes = passes, shard, spikes
         self.beside: Sequence[LanguageModel] = objective.begin(model)
         self.learnt_from: tuple[int, Batch] | None = None  # an experience, and the step that it was made in
         self.scores: dict = {}
@@ -138,13 +140,19 @@ class TrainingModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
         self.gradient_norm = processes.gathered(norm)
+        if self.spikes and self.spikes.at(self.global_step, float(self.gradient_norm)):
+            self.zero_grad()  # what has no gradient is not moved, by momentum and decay either
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.spikes:
+            checkpoint["spikes"] = self.spikes.state()
         if self.objective.updates > 1 and self.learnt_from is not None:
             step, batch = self.learnt_from
             checkpoint["learnt_from"] = step, batch.tokens_BT, batch.weights_BT, batch.starts_BT, dict(batch.extras)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.spikes:
+            self.spikes.load(checkpoint["spikes"])
         if "learnt_from" in checkpoint:
             step, *parts = checkpoint["learnt_from"]
             self.learnt_from = step, Batch(*parts).to(self.device)
