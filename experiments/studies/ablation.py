@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from experiments.findings import Estimate, Verdict, number
+from experiments.harness.data_module import heldout_batches
 from experiments.harness.identity import run_of
 from experiments.harness.run import finished
+from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 MOST_SEEDS = 1000
 TOO_LITTLE = f" Not even {MOST_SEEDS} seeds would tell so little."
+WINDOWS = 64  # held-out ones that a trained model is looked at on
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,14 @@ class Ablation(Study):
         labels = {"variant": name, "stage": "tune" if seed == self.tuning_seed else "compare"}
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 
+    @torch.no_grad()
+    def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
+        """What parts of the model say of themselves, such as experts of their loads, on the first held-out windows."""
+        settings = finished.config.data
+        batch = heldout_batches(finished.data, settings.sequence_length, settings.packed, WINDOWS)[0]
+        finished.objective.loss(finished.model.train(), batch, torch.Generator().manual_seed(0))
+        return [finished.model.telemetry()]
+
     def figure(self, table: pd.DataFrame) -> Figure:
         """Held-out bits per byte of each variant: every run, and the mean over seeds with its interval."""
         canvas = Figure(figsize=(7.5, 1.4 + 0.42 * len(self.variants)), layout="constrained")
@@ -136,7 +148,7 @@ class Ablation(Study):
             sentence += (
                 f" To tell so little would take {math.ceil(seeds)} seeds." if seeds <= MOST_SEEDS else TOO_LITTLE
             )
-        return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
+        return Verdict(outcome, sentence + usage(table) + self._edges(table), effect, self.rule)
 
     def _edges(self, table: pd.DataFrame) -> str:
         """Names the variants whose best learning rate is the least or the greatest of those that they were tried at."""
@@ -146,6 +158,15 @@ class Ablation(Study):
             if tried.nunique() > 1 and len(chosen) and chosen.iloc[0] in (tried.min(), tried.max()):
                 at_edge.append(str(name))
         return f" Best at an end of the rates tried: {', '.join(at_edge)}." if at_edge else ""
+
+
+def usage(table: pd.DataFrame) -> str:
+    """Says how evenly the models that have experts use them, in the mean over layers and seeds; "" where none has."""
+    if "expert_load" not in table:
+        return ""
+    means = table[table.stage == "compare"].groupby("variant", sort=False)[["expert_load", "dead_experts"]].mean()
+    said = (f"{name} {row.expert_load:.2f} and {row.dead_experts:.2f}" for name, row in means.dropna().iterrows())
+    return f" The load of the fullest expert over the mean, and the share of experts never chosen: {', '.join(said)}."
 
 
 def compared(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.harness.parts import build_model, build_objective
+from experiments.harness.weights import FinishedRun
 from experiments.studies import ablation
 from experiments.studies.ablation import Ablation, additive, compared
 from experiments.studies.study import Cell
@@ -107,6 +109,26 @@ def test_the_scatter_is_that_of_runs_about_variant_and_seed():
     losses = compared(table({name: 0.0 for name in "abcdefgh"}, scatter=0.01, seeds=20, seed_effects=0.3))
     _, error, reach = additive(losses)
     assert error == pytest.approx(0.01, rel=0.2) and 1.95 < reach < 2.0
+
+
+def test_the_use_of_experts_is_said_of_those_that_have_them():
+    runs = table({"old": 0.0, "new": 0.02, "other": 0.0})
+    assert "fullest" not in study().verdict(runs).sentence
+    counted = (runs.stage == "compare") & (runs.variant == "new")
+    runs.loc[counted, "expert_load"], runs.loc[counted, "dead_experts"] = [1.0, 2.0, 4.5], [0.0, 0.25, 0.5]
+    assert " and the share of experts never chosen: new 2.50 and 0.25." in study().verdict(runs).sentence
+
+
+def test_a_trained_mixture_is_measured_and_a_dense_model_has_nothing_to_say(make_config, data):
+    def measured(*overrides):
+        config = make_config(*overrides)
+        objective = build_objective(config, data)
+        trained = FinishedRun(config, build_model(config, objective).eval(), objective, data)
+        return study().measure(Cell({}, None), trained)
+
+    (found,) = measured("arch=qwen3_moe")
+    assert 1 <= found["expert_load"] <= 8 and 0 <= found["dead_experts"] < 1
+    assert measured("arch=transformer") == [{}]
 
 
 class Run:
