@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from archs.channels.experts import ExpertLinear
-from archs.channels.router import Router
 from archs.language_model import LanguageModel
 from archs.low_rank import LowRank
-from archs.parameters import Linear, linear_layers, products
+from archs.parameters import Linear, block_layers, linear_layers, products
 from archs.visibility import Visibility
 
 SCALES = {"standard": 1.0, "rank_stabilised": 0.5}  # the power of the rank that alpha is divided by
@@ -111,12 +110,14 @@ class LoRA:
         weights stay as they are; those of an adapter end in lora_A.weight and lora_B.weight.
 
         Raises:
-            ValueError: for a model that has adapters, or none of these layers.
+            ValueError: for a model that has adapters, or none of these layers, or has them in low precision.
         """
         if any(isinstance(module, LowRank) for module in model.modules()):
             raise ValueError("the model has adapters already: merge them first, or adapt the model that they are of")
         if not (chosen := self.chosen(model)):
             raise ValueError(f"adapter.layers={self.layers!r}: the model has no such layer; choose 'all'")
+        if any(type(layer) not in (nn.Linear, ExpertLinear) for layer in chosen.values()):
+            raise ValueError("layers of low precision take no adapters: set adapter=none or low_precision=none")
         model.requires_grad_(False)
         factor = self.alpha / self.rank ** SCALES[self.scale]
         for name, layer in chosen.items():
@@ -127,15 +128,10 @@ class LoRA:
 
     def chosen(self, model: LanguageModel) -> dict[str, Linear]:
         """The layers of a model, by name, that have or are to have adapters."""
-        routers = {id(m.linear) for m in model.modules() if isinstance(m, Router)}
         return {
             name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, Linear)
-            and name.startswith(("blocks.", "ahead."))
-            and not name.endswith((".lora_A", ".lora_B"))
-            and LAYERS[self.layers] in name
-            and id(layer) not in routers
+            for name, layer in block_layers(model).items()
+            if not name.endswith((".lora_A", ".lora_B")) and LAYERS[self.layers] in name
         }
 
 

@@ -7,6 +7,7 @@ from enum import Enum
 from torch import nn
 
 from archs.channels.experts import ExpertLinear
+from archs.channels.router import Router
 from archs.low_rank import LowRank
 
 Linear = nn.Linear | ExpertLinear
@@ -35,6 +36,16 @@ class RoleParameter:
 def linear_layers(module: nn.Module) -> Iterator[Linear]:
     """Every linear layer inside a module, those of experts included, in the order of registration."""
     return (layer for layer in module.modules() if isinstance(layer, Linear))
+
+
+def block_layers(model: nn.Module) -> dict[str, Linear]:
+    """The linear layers in the blocks of a model, those that look ahead included, by name, but for routers'."""
+    routers = {id(m.linear) for m in model.modules() if isinstance(m, Router)}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and name.startswith(("blocks.", "ahead.")) and id(layer) not in routers
+    }
 
 
 def products(layer: Linear) -> int:

@@ -35,8 +35,12 @@ class ExpertLinear(nn.Module):
     def forward(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
         """Bring rows x [P, in_features], of which the first counts[0] go through the first expert, the next counts[1]
         through the second and so on, to [P, out_features]."""
-        y_PF = grouped_matmul(x_PD, self.weight.mT, counts_E)
+        y_PF = self.product(x_PD, counts_E)
         if self.bias is None:
             return y_PF
         expert_P = torch.repeat_interleave(counts_E, output_size=len(x_PD))
         return y_PF + F.embedding(expert_P, self.bias.to(y_PF.dtype))
+
+    def product(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
+        """As `forward`, without biases."""
+        return grouped_matmul(x_PD, self.weight.mT, counts_E)

@@ -73,4 +73,5 @@ def build_adapter(config: DictConfig) -> LoRA | None:
 
 def build_model(config: DictConfig, objective: Objective) -> LanguageModel:
     """Return the backbone with what the objective needs of it: its vocabulary, and parts that it asks for."""
-    return build(config.arch.model, vocab_size=objective.model_vocab_size, **objective.model_options)
+    model = build(config.arch.model, vocab_size=objective.model_vocab_size, **objective.model_options)
+    return build(config.low_precision).convert(model) if config.get("low_precision") else model
