@@ -4,7 +4,7 @@ Shape letters: A variants, S seeds.
 """
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,8 @@ class Ablation(Study):
             raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.variants)}")
         chosen = dict.fromkeys(self.variants, self.learning_rates[0])
         if len(self.learning_rates) > 1:
-            chosen = yield from self._tune(compose)
+            cell = lambda name, rate: self._cell(compose, name, rate, self.tuning_seed)  # noqa: E731
+            chosen = yield from tune(self.variants, self.learning_rates, self.widen, cell)
         yield [self._cell(compose, name, rate, seed) for name, rate in chosen.items() for seed in self.seeds]
 
     def overrides(self, name: str) -> list[str]:
@@ -60,29 +61,6 @@ class Ablation(Study):
         earlier = list(self.variants)[: list(self.variants).index(name)]
         found = ((self.overrides(word) if word in earlier else [word]) for word in self.variants[name])
         return [override for overrides in found for override in overrides]
-
-    def _tune(self, compose: Compose) -> Generator[Iterable[Cell], list[Cell], dict[str, float]]:
-        """Return the best learning rate of each variant, of those given and of up to `widen` more beyond the last while
-        that is the best; one that has none keeps the first."""
-        rates = sorted(self.learning_rates)
-        step = rates[1] / rates[0]
-        tried: dict[str, dict[float, float]] = {name: dict.fromkeys(rates, math.inf) for name in self.variants}
-        cells = [self._cell(compose, name, rate, self.tuning_seed) for name in self.variants for rate in rates]
-        for more in range(self.widen + 1):
-            for cell in (yield cells):
-                row = finished(cell.run)
-                if row and row["bits_per_byte"] is not None:
-                    tried[cell.labels["variant"]][cell.labels["learning_rate"]] = row["bits_per_byte"]
-            cells = []
-            for name, losses in tried.items():
-                best = min(losses, key=lambda rate: losses[rate])
-                if more < self.widen and best in (min(losses), max(losses)) and losses[best] < math.inf:
-                    beyond = float(f"{best * step if best == max(losses) else best / step:.3g}")
-                    losses[beyond] = math.inf
-                    cells.append(self._cell(compose, name, beyond, self.tuning_seed))
-            if not cells:
-                break
-        return {name: min(losses, key=lambda rate: losses[rate]) for name, losses in tried.items()}
 
     def _cell(self, compose: Compose, name: str, rate: float, seed: int) -> Cell:
         config = compose(self.overrides(name))
@@ -158,6 +136,32 @@ class Ablation(Study):
             if tried.nunique() > 1 and len(chosen) and chosen.iloc[0] in (tried.min(), tried.max()):
                 at_edge.append(str(name))
         return f" Best at an end of the rates tried: {', '.join(at_edge)}." if at_edge else ""
+
+
+def tune(
+    names: Iterable[str], learning_rates: Sequence[float], widen: int, cell: Callable[[str, float], Cell]
+) -> Generator[Iterable[Cell], list[Cell], dict[str, float]]:
+    """Return the best learning rate of each variant, of those given and of up to `widen` more beyond the last while
+    that is the best; one that has none keeps the first. cell: of a variant, its label, and a learning rate."""
+    rates = sorted(learning_rates)
+    step = rates[1] / rates[0]
+    tried: dict[str, dict[float, float]] = {name: dict.fromkeys(rates, math.inf) for name in names}
+    cells = [cell(name, rate) for name in tried for rate in rates]
+    for more in range(widen + 1):
+        for done in (yield cells):
+            row = finished(done.run)
+            if row and row["bits_per_byte"] is not None:
+                tried[done.labels["variant"]][done.labels["learning_rate"]] = row["bits_per_byte"]
+        cells = []
+        for name, losses in tried.items():
+            best = min(losses, key=lambda rate: losses[rate])
+            if more < widen and best in (min(losses), max(losses)) and losses[best] < math.inf:
+                beyond = float(f"{best * step if best == max(losses) else best / step:.3g}")
+                losses[beyond] = math.inf
+                cells.append(cell(name, beyond))
+        if not cells:
+            break
+    return {name: min(losses, key=lambda rate: losses[rate]) for name, losses in tried.items()}
 
 
 def usage(table: pd.DataFrame) -> str:
