@@ -7,6 +7,7 @@ expert, E experts.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,7 @@ class LowPrecision:
 
     def _converted(self, layer: Linear) -> LowPrecisionLinear | LowPrecisionExperts:
         sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        converted: Any
         with torch.device("meta"):
             if isinstance(layer, ExpertLinear):
                 converted = LowPrecisionExperts(len(layer.weight), *sizes, bias, layer.top_k)

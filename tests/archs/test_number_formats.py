@@ -103,6 +103,30 @@ def test_a_scale_of_mxfp8_is_the_power_of_two_of_the_largest_number_which_may_be
     assert quantised("mxfp8", x)[0, :3].tolist() == expected
 
 
+def nearest(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """By looking at all of a table, in float64."""
+    far = (x.double().abs()[..., None] - values.double()).abs()
+    code = torch.arange(len(values))
+    best = torch.where(far == far.amin(-1, keepdim=True), code + len(values) * (code % 2), 2 * len(values)).argmin(-1)
+    return torch.copysign(values[best], x)
+
+
+def test_blocks_are_scales_times_numbers_of_a_table_as_the_specifications_write_them():
+    """OCP MX v1.0, section 6.3; NVIDIA, arXiv 2509.25149, appendix on NVFP4: with scales that encode, s_enc = 6 * 448 /
+    the largest number, and reciprocals of theirs that decode."""
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 64)[:, None]
+    blocks = x.unflatten(1, (2, 32))
+    scale = 2.0 ** (blocks.abs().amax(-1, keepdim=True).double().log2().floor() - 8).float()
+    want = nearest(blocks / scale, table(torch.float8_e4m3fn)) * scale
+    assert torch.equal(quantised("mxfp8", x), want.flatten(1))
+
+    for row in x.split(4):
+        blocks, encode = row.unflatten(1, (4, 16)), 6 * 448 / row.abs().max()
+        decode = nearest(blocks.abs().amax(-1, keepdim=True) / 6 * encode, table(torch.float8_e4m3fn)) / encode
+        want = nearest(blocks / decode, FOURS) * decode
+        torch.testing.assert_close(quantised("nvfp4", row), want.flatten(1), rtol=1e-6, atol=0)
+
+
 def test_nvfp4_by_hand():
     """Blocks whose largest numbers are 6, 3.1 and 0.001: by the tensor's scale 1/448 theirs are 448, 231.5 and 0.0747,
     of which E4M3 has 448, 224 and 0.078125 nearest."""
