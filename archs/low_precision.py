@@ -7,7 +7,6 @@ expert, E experts.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,11 +102,12 @@ class LowPrecision:
 
     def _converted(self, layer: Linear) -> LowPrecisionLinear | LowPrecisionExperts:
         sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
-        converted: Any
         with torch.device("meta"):
             if isinstance(layer, ExpertLinear):
                 converted = LowPrecisionExperts(len(layer.weight), *sizes, bias, layer.top_k)
             else:
                 converted = LowPrecisionLinear(*sizes, bias)
-        converted.weight, converted.bias, converted.format = layer.weight, layer.bias, FORMATS[self.format]
+        for name, parameter in layer.named_parameters(recurse=False):
+            converted.register_parameter(name, parameter)
+        converted.format = FORMATS[self.format]
         return converted.train(layer.training)
