@@ -1,0 +1,39 @@
+"""A rule that several claims share: some variants lie above a threshold, and others below it."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from experiments.findings import Estimate, StudyOutcome
+from experiments.studies.repeated_data import mean_of
+
+
+def on_their_sides(
+    values: pd.DataFrame, above: Sequence[str], below: Sequence[str], threshold: float
+) -> tuple[StudyOutcome, str, Estimate | None]:
+    """Whether the mean over seeds of every variant lies on its side, with its 95 % interval (Student's t).
+
+    Holds if all intervals lie on their sides as a whole, does not hold if one lies on the wrong side as a whole, else
+    cannot tell.
+
+    Args:
+        values: one row per seed, one column per variant; a missing run is NaN.
+        above, below: the columns that are claimed to lie there.
+
+    Returns:
+        the outcome; the variant that it was read from, which is that nearest to the wrong side or furthest on it; its
+        mean. Where a variant has fewer than two seeds, "cannot tell", that variant and None.
+    """
+    means, near, far = {}, {}, {}
+    for name in (*above, *below):
+        runs = values[name].dropna() if name in values else pd.Series(dtype=float)
+        if len(runs) < 2:
+            return "cannot tell", name, None
+        mean = means[name] = mean_of(runs)
+        ends = (mean.low - threshold, mean.high - threshold)
+        near[name], far[name] = ends if name in above else (-ends[1], -ends[0])
+    worst = min(far, key=lambda name: far[name])
+    if far[worst] < 0:
+        return "does not hold", worst, means[worst]
+    nearest = min(near, key=lambda name: near[name])
+    return "holds" if near[nearest] > 0 else "cannot tell", nearest, means[nearest]
