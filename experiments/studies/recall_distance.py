@@ -1,0 +1,87 @@
+"""Recall by the distance to what is recalled, at equal FLOPs (Arora et al., arXiv 2312.04927)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.findings import Verdict
+from experiments.harness.weights import FinishedRun
+from experiments.report.figures import COLOURS, MARKERS
+from experiments.studies.ablation import Ablation
+from experiments.studies.by_position import recall_by_distance
+from experiments.studies.sides import on_their_sides
+from experiments.studies.study import Cell
+
+JUDGED = {"worst": "recalled at the worst distances", "slope": "lost or won per doubling of the distance"}
+
+
+@dataclass(frozen=True)
+class RecallDistance(Ablation):
+    """Tunes and trains each variant as an ablation does, and asks at which distances it recalls.
+
+    judged: "worst", the fraction recalled in the range of distances where that is least, which is claimed to lie above
+    `margin` for `better` and below it for `than`; or "slope", of that fraction by log2 of the distance, which is
+    claimed to lie below `margin` for `than`, and to be greater by more than `margin` for `better`.
+
+    Raises:
+        ValueError: for anything else that is to be judged.
+    """
+
+    judged: str
+
+    def __post_init__(self):
+        if self.judged not in JUDGED:
+            raise ValueError(f"study.judged={self.judged} must be one of {', '.join(JUDGED)}")
+
+    def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
+        """The fraction of answers recalled: of all, in the worst range of distances and in each, and the slope by log2
+        of the distance over the answers. Nothing of the runs that tune."""
+        if cell.labels["stage"] == "tune":
+            return [{}]
+        report = recall_by_distance(finished)
+        slope = np.polyfit(np.log2(report["first"]), report.accuracy, 1, w=np.sqrt(report.answers))[0]
+        found = {"all": float((report.accuracy * report.answers).sum() / report.answers.sum())}
+        found |= {"worst": float(report.accuracy.min()), "slope": float(slope)}
+        return [found | {f"@{first}": x for first, x in zip(report["first"], report.accuracy, strict=True)}]
+
+    def figure(self, table: pd.DataFrame) -> Figure:
+        """The fraction recalled against the distance: the mean of each variant, and between its seeds."""
+        canvas = Figure(figsize=(7.5, 5), layout="constrained")
+        axes, runs = canvas.subplots(), counted(table)
+        ranges = [column for column in map(str, runs) if column.startswith("@")]
+        first = [int(column[1:]) for column in ranges]
+        for i, (name, seeds) in enumerate(runs.groupby("variant", sort=False)[ranges]):
+            label = str(name).replace("_", " ")
+            axes.plot(first, seeds[ranges].mean(), color=COLOURS[i], marker=MARKERS[i], ms=4, label=label)
+            axes.fill_between(first, seeds[ranges].min(), seeds[ranges].max(), color=COLOURS[i], alpha=0.12, lw=0)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="distance to the key, from", ylabel="fraction of answers recalled", ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+        canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        return canvas
+
+    def verdict(self, table: pd.DataFrame) -> Verdict:
+        runs = counted(table)
+        values = runs.pivot(index="seed", columns="variant", values=self.judged)
+        above, below = list(self.better), list(self.than)
+        if self.judged == "slope":
+            above = [f"{better} less {than}" for better in self.better for than in self.than]
+            pairs = [(better, than) for better in self.better for than in self.than]
+            values = values.reindex(columns=list(self.variants))
+            values = values.assign(**{f"{better} less {than}": values[better] - values[than] for better, than in pairs})
+        outcome, name, effect = on_their_sides(values, above=above, below=below, threshold=self.margin)
+        if effect is None:
+            return Verdict(outcome, f"{name} has too few seeds to judge.", None, self.rule)
+        means = runs.groupby("variant", sort=False)[["all", self.judged]].mean()
+        said = ", ".join(f"{variant} {row[self.judged]:.3f} ({row['all']:.3f})" for variant, row in means.iterrows())
+        sentence = (
+            f"Fraction of answers {JUDGED[self.judged]} (of all recalled): {said}. Read from {name}: {effect:.3f}."
+        )
+        return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
+
+
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of finished runs that count."""
+    return table[(table.status == "done") & (table.stage == "compare")]
