@@ -173,10 +173,14 @@ def usage(table: pd.DataFrame) -> str:
     return f" The load of the fullest expert over the mean, and the share of experts never chosen: {', '.join(said)}."
 
 
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of finished runs that count, which those that tune do not."""
+    return table[(table.status == "done") & (table.stage == "compare")]
+
+
 def compared(table: pd.DataFrame) -> pd.DataFrame:
     """Returns ln(bits per byte) [S, A] of the runs that count; a variant that lacks a seed is left out."""
-    done = table[(table.status == "done") & (table.stage == "compare")]
-    losses = done.pivot(index="seed", columns="variant", values="bits_per_byte")
+    losses = counted(table).pivot(index="seed", columns="variant", values="bits_per_byte")
     names = [name for name in dict.fromkeys(table.variant) if name in losses]
     return losses[names].astype(float).map(math.log).dropna(axis=1)
 

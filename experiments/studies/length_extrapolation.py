@@ -14,9 +14,8 @@ from archs.positions import Rotary, Yarn
 from experiments.findings import Verdict
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.ablation import Ablation
+from experiments.studies.ablation import Ablation, counted
 from experiments.studies.by_position import at_length, bits_by_position
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell
 
@@ -116,8 +115,3 @@ def bits(finished: FinishedRun) -> dict[str, float]:
     report = bits_by_position(finished)
     whole = float((report.bits_per_byte * report.tokens).sum() / report.tokens.sum())
     return {"bits": whole} | {f"@{first}": x for first, x in zip(report["first"], report.bits_per_byte, strict=True)}
-
-
-def counted(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of finished runs that count."""
-    return table[(table.status == "done") & (table.stage == "compare")]

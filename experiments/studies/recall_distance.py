@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.findings import Verdict
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.ablation import Ablation
+from experiments.studies.ablation import Ablation, counted
 from experiments.studies.by_position import recall_by_distance
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell
@@ -80,8 +80,3 @@ class RecallDistance(Ablation):
             f"Fraction of answers {JUDGED[self.judged]} (of all recalled): {said}. Read from {name}: {effect:.3f}."
         )
         return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
-
-
-def counted(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of finished runs that count."""
-    return table[(table.status == "done") & (table.stage == "compare")]
