@@ -59,7 +59,7 @@ class LengthExtrapolation(Ablation):
         canvas = Figure(figsize=(11.5, 4.8), layout="constrained")
         left, right = canvas.subplots(1, 2)
         runs, growth = counted(table), self.growth(table)
-        ranges = [column for column in runs if column.startswith("@") and int(column[1:]) >= SHOWN_FROM]
+        ranges = [column for column in map(str, runs) if column.startswith("@") and int(column[1:]) >= SHOWN_FROM]
         for name in dict.fromkeys(runs.variant):
             i = list(self.variants).index(name.removesuffix(YARN)) % len(COLOURS)
             look = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 4, "label": name.replace("_", " ")}
@@ -93,7 +93,7 @@ class LengthExtrapolation(Ablation):
         if runs.empty:
             return Verdict("cannot tell", "No run was finished.", None, self.rule)
         trained, longest = int(runs.length.min()), int(runs.length.max())
-        growth = self.growth(table).loc[longest]
+        growth = self.growth(table).loc[[longest]]
         outcome, name, effect = on_their_sides(growth, above=self.than, below=self.better, threshold=self.margin)
         if effect is None:
             return Verdict(outcome, f"{name} has too few seeds to judge.", None, self.rule)

@@ -65,13 +65,13 @@ class RecallDistance(Ablation):
     def verdict(self, table: pd.DataFrame) -> Verdict:
         runs = counted(table)
         values = runs.pivot(index="seed", columns="variant", values=self.judged)
-        above, below = list(self.better), list(self.than)
+        above = self.better
         if self.judged == "slope":
-            above = [f"{better} less {than}" for better in self.better for than in self.than]
-            pairs = [(better, than) for better in self.better for than in self.than]
             values = values.reindex(columns=list(self.variants))
-            values = values.assign(**{f"{better} less {than}": values[better] - values[than] for better, than in pairs})
-        outcome, name, effect = on_their_sides(values, above=above, below=below, threshold=self.margin)
+            pairs = [(better, than) for better in self.better for than in self.than]
+            differences = {f"{better} less {than}": values[better] - values[than] for better, than in pairs}
+            values, above = values.assign(**differences), list(differences)
+        outcome, name, effect = on_their_sides(values, above=above, below=self.than, threshold=self.margin)
         if effect is None:
             return Verdict(outcome, f"{name} has too few seeds to judge.", None, self.rule)
         means = runs.groupby("variant", sort=False)[["all", self.judged]].mean()
