@@ -1,0 +1,38 @@
+"""What a model computes on its way, recorded by hooks: the model itself knows nothing of it.
+
+Shape letters: B sequences, T tokens, D model width, U units.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from archs.language_model import LanguageModel
+
+
+@torch.no_grad()
+def hidden_states(model: LanguageModel, tokens_BT: Tensor) -> dict[tuple[str, int], Tensor]:
+    """Return the vectors of tokens at each place of the model, by its kind and the number of the block, from 1 on.
+
+    "stream" is the residual stream [B, T, D] behind the block, "units" [B, T, U] what the parts of the block project
+    onto it, side by side: the outputs of heads, the memories of a recurrence as they are read, the hidden layer of an
+    MLP. Experts have no units, since a token goes through a few of them only.
+    """
+    found: dict[tuple[str, int], list[Tensor]] = {}
+
+    def note(place: tuple[str, int], x: Tensor) -> None:
+        found.setdefault(place, []).append(x)
+
+    handles = []
+    for number, block in enumerate(model.blocks, 1):
+        stream, units = ("stream", number), ("units", number)
+        handles.append(block.register_forward_hook(lambda *call, to=stream: note(to, call[2][0])))
+        for part in (block.mixer, block.channel):
+            for layer in part.residual_projections() if part is not None else ():
+                if isinstance(layer, nn.Linear):
+                    handles.append(layer.register_forward_pre_hook(lambda *call, to=units: note(to, call[1][0])))
+    try:
+        model.hidden(tokens_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {place: torch.cat(vectors, dim=-1) for place, vectors in found.items()}
