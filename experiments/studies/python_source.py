@@ -6,7 +6,7 @@ yet whether there will be three.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -69,3 +69,22 @@ def read(source: bytes) -> Source:
             indent[i] = column
         indent[line.end() : source.find(b"\n", line.end()) + 1 or None] = column
     return Source(region, change.cumsum(dtype=np.int32), indent)
+
+
+def read_documents(tokens: np.ndarray, eot: int) -> Source:
+    """Return what holds at each byte of a stream of documents, each with an `eot` behind it but for the last, which may
+    be cut; nothing holds at an eot.
+
+    Raises:
+        ValueError: for tokens that are no bytes.
+    """
+    if eot != 256 or tokens.max() > eot:
+        raise ValueError("the source is read byte by byte: choose data whose tokenizer is bytes, as data=python_stdlib")
+    ends = [*np.flatnonzero(tokens == eot).tolist(), len(tokens)]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    parts = [read(tokens[i:j].astype(np.uint8).tobytes()) for i, j in zip(starts, ends, strict=True)]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.pad(getattr(part, name), (0, 1)) for part in parts])[:-1]
+
+    return Source(*(joined(field.name) for field in fields(Source)))

@@ -25,7 +25,7 @@ from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.hidden_states import hidden_states
 from experiments.studies.probes import best_unit, one_hot, probe, standardised
-from experiments.studies.python_source import Region, read
+from experiments.studies.python_source import Region, read_documents
 from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Study
 
@@ -150,24 +150,12 @@ class TextState(Study):
 
 
 def labels(tokens: np.ndarray, eot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return of a stream of documents of bytes, which ends in the middle of one or not: the states behind each byte,
-    bool [tokens, S]; where they can be told (not at quotes and ends of documents); and where a document is one of
-    those that probes are not fitted on, every second.
-
-    Raises:
-        ValueError: for tokens that are no bytes.
-    """
-    if eot != 256 or tokens.max() > eot:
-        raise ValueError("states of the text are told byte by byte: choose data with data.tokens.tokenizer of bytes")
-    states, scored = np.zeros((len(tokens), len(STATES)), bool), np.zeros(len(tokens), bool)
-    number = np.cumsum(tokens == eot) - (tokens == eot)
-    for document in np.unique(number):
-        where = np.flatnonzero((number == document) & (tokens != eot))
-        source = read(tokens[where].astype(np.uint8).tobytes())
-        string, comment = source.region == Region.STRING, source.region == Region.COMMENT
-        states[where] = np.stack([string, comment, source.depth > 0, source.indent >= INDENTED], axis=1)
-        scored[where] = source.region != Region.QUOTE
-    return states, scored, number % 2 == 1
+    """Return of a stream of documents of bytes the states behind each, bool [tokens, S]; where they can be told (not at
+    quotes and ends of documents); and where a document is one of those that probes are not fitted on, every second."""
+    source, end = read_documents(tokens, eot), tokens == eot
+    string, comment = source.region == Region.STRING, source.region == Region.COMMENT
+    states = np.stack([string, comment, source.depth > 0, source.indent >= INDENTED], axis=1)
+    return states, (source.region != Region.QUOTE) & ~end, (np.cumsum(end) - end) % 2 == 1
 
 
 def gathered(model: LanguageModel, inputs_BT: Tensor, where: np.ndarray) -> dict[tuple[str, int], np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import python_source
-from experiments.studies.python_source import Region, read
+from experiments.studies.python_source import Region, read, read_documents
 
 LETTERS = {".": Region.CODE, "c": Region.COMMENT, "s": Region.STRING, "q": Region.QUOTE}
 
@@ -76,3 +76,18 @@ def test_nothing_but_the_quotes_depends_on_what_follows(cut):
     told = (whole.region[:cut] != Region.QUOTE) & (part.region != Region.QUOTE)
     for name in ("region", "depth", "indent"):
         assert (getattr(whole, name)[:cut] == getattr(part, name))[told].all()
+
+
+@pytest.mark.parametrize("documents", [[b"('a", b"  b #"], [b"#", b"", b"'''"], [b"x"]])
+def test_documents_are_read_one_by_one(documents):
+    tokens = np.array([token for text in documents for token in (*text, 256)][:-1])
+    found = read_documents(tokens, 256)
+    for name in ("region", "depth", "indent"):
+        alone = [[*getattr(read(text), name), 0] for text in documents]
+        assert getattr(found, name).tolist() == sum(alone, [])[:-1]
+
+
+@pytest.mark.parametrize(("tokens", "eot"), [([300], 512), ([300], 256)])
+def test_tokens_that_are_no_bytes_are_refused(tokens, eot):
+    with pytest.raises(ValueError, match="byte by byte: choose data whose tokenizer is bytes"):
+        read_documents(np.array(tokens), eot)

@@ -63,8 +63,3 @@ def test_states_are_those_of_whole_documents_and_every_second_is_kept_apart():
     }
     assert np.flatnonzero(~scored).tolist() == [2, 4, 20, 21]
     assert np.flatnonzero(other).tolist() == [21, 22]
-
-
-def test_tokens_that_are_no_bytes_are_refused():
-    with pytest.raises(ValueError, match="byte by byte: choose data"):
-        labels(np.array([300]), 512)
