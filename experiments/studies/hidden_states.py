@@ -1,11 +1,12 @@
 """What a model computes on its way, recorded by hooks: the model itself knows nothing of it.
 
-Shape letters: B sequences, T tokens, D model width, U units.
+Shape letters: B sequences, T tokens, N all of them, D model width, U units, K experts per token.
 """
 
 import torch
 from torch import Tensor, nn
 
+from archs.channels.router import Router
 from archs.language_model import LanguageModel
 
 
@@ -36,3 +37,30 @@ def hidden_states(model: LanguageModel, tokens_BT: Tensor) -> dict[tuple[str, in
         for handle in handles:
             handle.remove()
     return {place: torch.cat(vectors, dim=-1) for place, vectors in found.items()}
+
+
+@torch.no_grad()
+def chosen_experts(model: LanguageModel, tokens_BT: Tensor) -> dict[int, Tensor]:
+    """Return the experts [B, T, K] that each token goes to, by the number of the block, from 1 on, of those that have
+    routers."""
+    found: dict[int, Tensor] = {}
+
+    def note(number: int, chosen_NK: Tensor) -> None:
+        found[number] = chosen_NK.unflatten(0, tokens_BT.shape)
+
+    routers = {
+        number: module
+        for number, block in enumerate(model.blocks, 1)
+        for module in block.modules()
+        if isinstance(module, Router)
+    }
+    handles = [
+        router.register_forward_hook(lambda *call, to=number: note(to, call[2][1]))
+        for number, router in routers.items()
+    ]
+    try:
+        model.hidden(tokens_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

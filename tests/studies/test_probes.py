@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.harness.parts import build_model, build_objective
-from experiments.studies.hidden_states import hidden_states
+from experiments.studies.hidden_states import chosen_experts, hidden_states
 from experiments.studies.probes import areas_under_roc, best_unit, one_hot, probe, standardised
 
 RNG = np.random.default_rng(0)
@@ -61,3 +61,14 @@ def test_hooks_record_what_the_model_computes_and_are_gone_afterwards(make_run, 
              for layer in part.residual_projections() if isinstance(layer, torch.nn.Linear)]  # fmt: skip
     assert found["units", 1].shape[-1] == sum(layer.in_features for layer in units)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_experts_recorded_are_those_that_the_loads_count(make_run, data):
+    config = make_run("arch=qwen3_moe", "arch.model.depth=2", "+arch.model.first=[attention+mlp]").config
+    model = build_model(config, build_objective(config, data))
+    tokens_BT = torch.from_numpy(data.heldout[:64].astype(np.int64)).view(2, 32)
+    (block, chosen_BTK), *others = chosen_experts(model, tokens_BT).items()
+    moe = model.blocks[1].channel
+    assert block == 2 and not others and chosen_BTK.shape == (2, 32, moe.router.top_k)
+    assert torch.equal(chosen_BTK.flatten().bincount(minlength=moe.router.experts), moe.load_E)
+    assert not any(module._forward_hooks for module in model.modules())
