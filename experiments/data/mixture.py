@@ -1,6 +1,6 @@
 """Several data sets of one vocabulary as one, in given proportions.
 
-Shape letters: N windows, P parts, T tokens of a window.
+Shape letters: N windows, T tokens of a window.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from experiments.data.shuffled import Shuffled
 from experiments.data.token_data import Stream, TokenData
 
 
@@ -18,24 +19,29 @@ from experiments.data.token_data import Stream, TokenData
 class Interleaved:
     """Windows of several streams in one order, read as one stream.
 
-    part_N, window_N: which window of which stream each is. length: T.
+    taken: how many windows of each, the first ones of its own order. order: that of all N, numbered from the first
+    stream's to the last one's. length: T.
     """
 
     streams: Sequence[Stream]
-    part_N: np.ndarray
-    window_N: np.ndarray
+    taken: Sequence[int]
+    orders: Sequence[Shuffled]
+    order: Shuffled
     length: int
 
     def __len__(self) -> int:
-        return len(self.part_N) * self.length
+        return sum(self.taken) * self.length
 
     def __getitem__(self, index: slice, /) -> np.ndarray:
         start, stop, _ = index.indices(len(self))
         first, T = start // self.length, self.length
         windows = [np.asarray(self.streams[0][:0])]
         for i in range(first, -(-max(stop, start) // T)):
-            offset = int(self.window_N[i]) * T
-            windows.append(self.streams[self.part_N[i]][offset : offset + T])
+            part, number = 0, self.order[i]
+            while number >= self.taken[part]:
+                part, number = part + 1, number - self.taken[part]
+            offset = self.orders[part][number] * T
+            windows.append(self.streams[part][offset : offset + T])
         return np.concatenate(windows)[start - first * T : max(stop, start) - first * T]
 
 
@@ -88,13 +94,11 @@ def mixture(parts: list[TokenData], weights: list[float], sequence_length: int, 
                 f"{part.name} has a share of {share:.3g} in a mixture of {total} windows, which is none: raise its "
                 "weight, or take more data or shorter windows"
             )
-    orders = [np.random.default_rng([seed, p]).permutation(n) for p, n in enumerate(available)]
-    chosen = [order[:number] for order, number in zip(orders, taken, strict=True)]
-    order_N = np.random.default_rng([seed, len(parts)]).permutation(sum(taken))
-    part_N, window_N = np.repeat(np.arange(len(parts)), taken)[order_N], np.concatenate(chosen)[order_N]
+    orders = [Shuffled(n, [seed, p]) for p, n in enumerate(available)]
+    order = Shuffled(sum(taken), [seed, len(parts)])
 
     def interleaved(streams: Sequence[Stream]) -> Interleaved:
-        return Interleaved(streams, part_N, window_N, sequence_length)
+        return Interleaved(streams, taken, orders, order, sequence_length)
 
     answers = None
     if any(part.train_answers is not None for part in parts):

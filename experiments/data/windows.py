@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.data.shuffled import Shuffled
 from experiments.data.token_data import Stream
 
 AT_ONCE = 1 << 24  # tokens looked at together
@@ -30,8 +31,8 @@ class TrainWindows:
     """An endless sequence of windows: window i is a function of (train, sequence_length, seed, group, i) alone.
 
     The stream is cut in windows of sequence_length tokens that do not overlap, and these in groups that stand together;
-    a rest shorter than a group is not read. Each pass over the corpus takes the groups in a fresh permutation drawn
-    from (seed, pass), and the windows of each in their order.
+    a rest shorter than a group is not read. Each pass over the corpus takes the groups in a fresh order drawn from
+    (seed, pass), and the windows of each as they stand.
 
     Args:
         train: the tokens.
@@ -51,7 +52,7 @@ class TrainWindows:
             )
         self.train, self.sequence_length, self.seed, self.group = train, sequence_length, seed, group
         self.groups = len(train) // (group * sequence_length)
-        self._pass, self._order = -1, np.empty(0, np.int64)
+        self._pass, self._order = 0, Shuffled(self.groups, [seed, 0])
 
     def batch(self, start: int, size: int) -> Tensor:
         """Windows number start to start + size - 1, int64 [size, sequence_length]."""
@@ -65,9 +66,8 @@ class TrainWindows:
         group, member = divmod(index, self.group)
         number, position = divmod(group, self.groups)
         if number != self._pass:
-            self._order = np.random.default_rng([self.seed, number]).permutation(self.groups)
-            self._pass = number
-        return int(self._order[position]) * self.group + member
+            self._pass, self._order = number, Shuffled(self.groups, [self.seed, number])
+        return self._order[position] * self.group + member
 
 
 def document_starts(tokens: Tensor, eot: int) -> Tensor:

@@ -1,3 +1,6 @@
+import os
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +9,8 @@ from hypothesis import strategies as st
 from experiments.data.token_bins import Chained, read_shard, token_bins
 from experiments.data.tokenizers import BPETokenizer
 from experiments.data.windows import TrainWindows
+from experiments.harness.budget import Allocation
+from experiments.harness.data_module import DataModule, TrainBatches
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 100_000).astype(np.uint16)
 
@@ -37,6 +42,36 @@ def test_windows_are_the_same_from_one_shard_and_from_many(shards):
     data = token_bins(**shards, heldout_tokens=4000, vocab_size=257, eot=256, bytes_per_token=1.0)
     many, one = (TrainWindows(train, 64, seed=1).batch(0, 500) for train in (data.train, TOKENS))
     assert many.tolist() == one.tolist()
+
+
+def test_batches_after_a_stop_are_those_that_were_to_come_across_shards_and_passes(shards):
+    """With every seam of shards inside of a window that is read after the stop."""
+    data = token_bins(**shards, heldout_tokens=4000, vocab_size=257, eot=256, bytes_per_token=1.0)
+    allocation = Allocation(sequences=2500, steps=50, sequence_length=64, flops_per_token=1.0)
+
+    def batches(start: int) -> list[list]:
+        return [batch.tokens_BT.tolist() for batch in TrainBatches(DataModule(data, allocation, 3, False, 8), start)]
+
+    whole, rest = batches(0), batches(17)
+    assert len(whole) == 50 and rest == whole[17:]
+    read = {tuple(window) for batch in rest for window in batch}
+    for seam in (30_000, 30_001, 70_000):
+        start = seam // 64 * 64
+        assert start < seam and tuple(TOKENS[start : start + 64].tolist()) in read
+
+
+def test_shards_of_ten_billion_tokens_are_read_in_little_memory(tmp_path):
+    for name, tokens in (("train_0", 4_000_000_001), ("train_1", 6_000_000_000), ("val", 5000)):
+        (tmp_path / f"{name}.bin").touch()
+        os.truncate(tmp_path / f"{name}.bin", 2 * tokens)  # which takes no room on the disk
+    train, val = f"{tmp_path}/train_*.bin", f"{tmp_path}/val.bin"
+    tracemalloc.start()
+    data = token_bins(train, val, "nanogpt", heldout_tokens=4000, bytes_per_token=4.0)
+    batch = TrainWindows(data.train, 1024, seed=0).batch(1_000_000, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data.train) == 10_000_000_001 and batch.shape == (64, 1024) and not batch.any()
+    assert peak < 20e6
 
 
 @given(cuts=st.lists(st.integers(0, 40), max_size=5), start=st.integers(0, 45), length=st.integers(0, 45))

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,34 @@ def test_a_window_depends_on_its_number_and_not_on_how_batches_are_cut(tokens, l
         assert torch.equal(whole, torch.cat([other.batch(start, cut), second]))
     else:
         assert torch.equal(whole, other.batch(start, size))
+
+
+class Positions:
+    """Ten billion tokens, each of which is its position."""
+
+    def __len__(self) -> int:
+        return 10**10
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.arange(index.start, index.stop)
+
+
+def test_ten_billion_tokens_are_shuffled_and_found_again_in_little_memory():
+    tracemalloc.start()
+    windows = TrainWindows(Positions(), 128, seed=0)
+    first = windows.batch(0, 2000)
+    again = TrainWindows(Positions(), 128, seed=0).batch(1234, 5)
+    following = TrainWindows(Positions(), 128, seed=0).batch(windows.groups - 500, 1000)  # of this pass and the next
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert torch.equal(again, first[1234:1239])
+    assert (first[:, :1] % 128 == 0).all() and torch.equal(first, first[:, :1] + torch.arange(128))
+    starts = first[:, 0]
+    assert len(starts.unique()) == 2000 and len(set(following[:500, 0].tolist()) & set(starts.tolist())) == 0
+    # Ten parts of the corpus alike: above this once in a thousand by chance.
+    assert ((torch.histc(starts.double(), 10, 0, 1e10) - 200) ** 2 / 200).sum() < 27.9
+    assert (starts.diff() > 0).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_passes_and_seeds_have_different_orders():

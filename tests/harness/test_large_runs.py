@@ -142,6 +142,28 @@ def test_a_run_on_several_processes_is_that_on_one_and_goes_on_on_another_number
         compare(run, row, truths[name], rows[name])
 
 
+@pytest.mark.thorough
+def test_a_run_on_shards_that_was_stopped_on_two_processes_goes_on_on_one(make_run, data, tmp_path):
+    for number, part in enumerate(np.split(data.train[:1601], [555, 556])):  # in the middle of a window
+        part.tofile(tmp_path / f"train_{number}.bin")
+    data.heldout.tofile(tmp_path / "val.bin")
+    shards = (
+        *("data=token_bins", f"data.tokens.train={tmp_path}/train_*.bin", f"data.tokens.val={tmp_path}/val.bin"),
+        *("data.tokens.format=nanogpt", "data.tokens.heldout_tokens=1000", "data.tokens.bytes_per_token=1.0"),
+        *("data.tokens.vocab_size=17", "data.tokens.eot=16"),
+    )
+    truth = make_run(*SMALL, *shards, f"session.root={tmp_path / 'alone'}")
+    true_row = execute(truth)
+    first = make_run(*SMALL, *shards, "trainer.devices=2", "session.checkpoint_seconds=0")
+    begun = {column: true_row[column] for column in BEGUN}
+    assert [row["status"] for row in on(2, [(first, None, begun, True)], tmp_path / "logs")] == ["stopped"]
+    then = make_run(*SMALL, *shards)
+    assert [step for step, _ in generations(then.folder)] == [2, 1]
+    row = execute(then)
+    assert row["data_digest"] == true_row["data_digest"] and row["tokens"] > 1601 - 2 * 32
+    compare(then, row, truth, true_row)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
