@@ -200,11 +200,15 @@ class HuggingFace:
             yield from load_dataset(**self.arguments, data_files=self.data_files, streaming=True)
         except Exception as error:  # of the network, the hub and its files, each library with errors of its own
             path = self.arguments["path"]
-            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
             raise ValueError(
-                f"data set {path} cannot be read ({said}): it needs the network the first time; check "
+                f"data set {path} cannot be read ({in_a_line(error)}): it needs the network the first time; check "
                 "data.tokens.corpus, or take text of your own with data=text_files data.path=..."
             ) from error
+
+
+def in_a_line(error: Exception) -> str:
+    """Returns the kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
 
 def rows_of(path: Path, fields: Sequence[str]) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.corpora import matching_files
+from experiments.data.downloads import downloaded
 from experiments.data.token_data import TokenData
 from experiments.data.tokenizers import PretrainedTokenizer
 
@@ -49,13 +50,14 @@ def token_bins(
     tokenizer: str | Path | None = None,
     name: str = "token_bins",
 ) -> TokenData:
-    """Shards of uint16 tokens as data: mapped, in the order of their names; nothing is copied.
+    """Shards of uint16 tokens as data: mapped, in the order of their names; nothing is copied but what URLs name, into
+    the cache.
 
     The split is the shards' own. The digest covers all held-out tokens, and of each training shard its size
     and 64 blocks of 32768 tokens spread evenly over it, since reading terabytes to start a run would not do.
 
     Args:
-        train, val: one or more globs.
+        train, val: one or more globs, or URLs of single files.
         format: "nanogpt" (raw uint16) or "llm.c" (a header of 256 int32, then uint16).
         heldout_tokens: the first so many tokens of `val` are evaluated.
         vocab_size, eot: GPT-2's by default.
@@ -152,6 +154,9 @@ def read_shard(path: Path, format: str) -> np.ndarray:
 def _files(globs: str | Iterable[str]) -> list[Path]:
     found = []
     for pattern in [globs] if isinstance(globs, str) else list(globs):
+        if "://" in pattern:
+            found.append(downloaded(pattern))
+            continue
         if not (matches := matching_files(pattern)):
             raise ValueError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
         found += matches

@@ -19,8 +19,9 @@ from experiments.data.progress import watched
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1  # part of every cache key: raise it when the files or the rules of the split change
+LAYOUT = 2  # part of every cache key: raise it when the files or the rules of the split change
 ENCODE_AT_ONCE = 1 << 22  # bytes of documents handed to the tokenizer in one call
+FIT_ON = 1 << 27  # bytes of training documents that a tokenizer is trained on, since that keeps every distinct word
 EXTENT = np.dtype([("sha256", "S32"), ("offset", "<i8"), ("length", "<i8")])  # of a document in a file of all
 
 
@@ -108,6 +109,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def cache_folder() -> Path:
+    """The environment variable ARCHIPELAGO_CACHE, or .cache/archipelago: it can change no result."""
+    return Path(os.environ.get("ARCHIPELAGO_CACHE", ".cache/archipelago")).expanduser()
+
+
 def prepare(
     corpus: Corpus,
     tokenizer: Tokenizer,
@@ -115,8 +121,8 @@ def prepare(
     heldout_fraction: float,
     cache_dir: str | Path | None = None,
 ) -> TokenData:
-    """Tokens of a corpus. The first call writes them under cache_dir, later ones map the files. Where that is None it
-    is the environment variable ARCHIPELAGO_CACHE, or .cache/archipelago: it can change no result.
+    """Tokens of a corpus. The first call writes them under cache_dir (`cache_folder` where that is None), later ones
+    map the files.
 
     Exact duplicates and empty documents are dropped. A document is held out when its sha256, read as a number
     in [0, 1), is below heldout_fraction, so where it goes depends on its content alone. Both parts are in the
@@ -135,8 +141,9 @@ def prepare(
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie between 0 and 1")
     determined_by = [LAYOUT, corpus.fingerprint(), tokenizer.fingerprint(), heldout_bytes, heldout_fraction]
     key = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:16]
-    cache_dir = os.environ.get("ARCHIPELAGO_CACHE", ".cache/archipelago") if cache_dir is None else cache_dir
-    folder = Path(cache_dir).expanduser() / f"{corpus.name}-{tokenizer.name}-{key}"
+    folder = (
+        cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+    ) / f"{corpus.name}-{tokenizer.name}-{key}"
     try:
         return _open(folder)
     except ValueError:
@@ -210,7 +217,10 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout_bytes: in
                 yield file.read(extent["length"])
 
         train = extents[split:]
-        tokenizer = tokenizer.fit(watched(read(train), f"training {tokenizer.name}", size - held), folder)
+        # In the order of their hashes the first documents are a sample.
+        sample = train[: 1 + int(np.searchsorted(np.cumsum(train["length"]), FIT_ON))]
+        sampled = watched(read(sample), f"training {tokenizer.name}", int(sample["length"].sum()))
+        tokenizer = tokenizer.fit(sampled, folder)
         heldout, left = [], heldout_bytes
         for document in read(extents[:split]):
             heldout.append(document[: character_boundary(document, left)])

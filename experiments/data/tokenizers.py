@@ -30,7 +30,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; Radford et al. 2019, section 2.2) trained on the
+    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; Radford et al. 2019, section 2.2) trained on
     training documents. Kept beside the tokens as tokenizer.json, the format of the `tokenizers` library.
 
     Args:

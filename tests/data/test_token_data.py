@@ -123,6 +123,21 @@ def test_the_training_part_does_not_depend_on_heldout_bytes(tmp_path):
     assert np.array_equal(build(tmp_path).train, build(tmp_path, heldout_bytes=700).train)
 
 
+def test_a_tokenizer_is_trained_on_so_much_of_the_training_documents_and_all_are_encoded(tmp_path, monkeypatch):
+    seen = []
+
+    class Fitted(ByteTokenizer):
+        def fit(self, documents, folder):
+            seen.extend(documents)
+            return self
+
+    monkeypatch.setattr("experiments.data.token_data.FIT_ON", 1000)
+    data = build(tmp_path, tokenizer=Fitted())
+    assert sum(map(len, seen[:-1])) < 1000 <= sum(map(len, seen))
+    assert documents(data, data.train)[: len(seen)] == seen
+    assert len(documents(data, data.train)) > 2 * len(seen)
+
+
 def test_a_second_call_opens_what_the_first_wrote(tmp_path, tokenizer):
     first_corpus, second_corpus, second_tokenizer = Documents(), Documents(), CountedBytes()
     first = build(tmp_path, first_corpus, CountedBytes())
