@@ -79,7 +79,7 @@ class LengthExtrapolation(Ablation):
     def _label(self, left: Axes, right: Axes, longest: int) -> None:
         left.set(xlabel=f"position in windows of {longest:.0f}, from", ylabel="held-out bits per byte")
         right.axhline(100 * self.margin, color="grey", lw=0.8, ls=":")
-        right.set(xlabel="tokens of a window", ylabel="growth of the loss, %", yscale="symlog")
+        right.set(xlabel="tokens of a window", ylabel="growth of the loss, %")
 
     def growth(self, table: pd.DataFrame) -> pd.DataFrame:
         """ln of the bits per byte over those in the windows of the training: one row per length and seed, one column
@@ -105,7 +105,7 @@ class LengthExtrapolation(Ablation):
         )
         sentence = (
             f"Held-out bits per byte in windows of {trained}, as trained, and of {longest}: {said}. Read from {name}, "
-            f"whose loss grows by {100 * effect.value:.2f} % [{100 * effect.low:.2f}, {100 * effect.high:.2f}]."
+            f"whose loss changes by {100 * effect.value:+.2f} % [{100 * effect.low:+.2f}, {100 * effect.high:+.2f}]."
         )
         return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
 
