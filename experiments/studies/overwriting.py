@@ -34,8 +34,8 @@ class Overwriting(Study):
     """Trains a model on as many tokens in each arm and from each seed, every seed on windows that no other reads.
 
     What a model remembers of windows is how much less it loses on them than the models of the other seeds, who have
-    not read them, beyond what it loses less on held-out text: documents that are easy, and seeds that are better than
-    others, are not taken for memory.
+    not read them, beyond what it loses less on windows that neither has read: documents that are easy, and seeds that
+    are better than others, are not taken for memory.
 
     train_tokens: read in all, whole windows of which every arm's epochs are. arms: name -> `epochs` in which they are
     read and `overrides` of the config. once, often: the arms that are compared. seeds: of runs and of parts of the
@@ -157,9 +157,15 @@ def bits_per_byte(finished: FinishedRun, windows_BT: Tensor) -> float:
 
 def remembered(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the bits per byte by which the run of a part's own seed loses less there than the runs of other seeds,
-    beyond the same on held-out text: one row per arm, part and lag, with `bits`."""
-    done = table[table.status == "done"]
-    beyond = done.assign(bits=done.bits - done.bits_per_byte)
-    by, own = ["arm", "part", "latest", "earliest"], beyond.seed == beyond.part
-    others = beyond[~own].groupby(by).bits.mean()
-    return (others - beyond[own].set_index(by).bits).dropna().reset_index()
+    beyond the same on the parts that neither has read: one row per arm, part and lag, with `bits`."""
+    done, found = table[table.status == "done"], []
+    for (arm, latest, earliest), rows in done.groupby(["arm", "latest", "earliest"], sort=False):
+        bits = rows.pivot(index="seed", columns="part", values="bits")
+        for own in bits.index.intersection(bits.columns):
+            rest = bits.index.drop(own).intersection(bits.columns.drop(own))
+            ahead = bits.loc[rest] - bits.loc[own]  # of the own run before each other one, by part
+            elsewhere = [ahead.loc[other, rest.drop(other)].mean() for other in rest]
+            place = {"arm": arm, "part": own, "latest": latest, "earliest": earliest}
+            found.append(place | {"bits": float((ahead[own] - elsewhere).mean())})
+    columns = ["arm", "part", "latest", "earliest", "bits"]
+    return pd.DataFrame(found, columns=columns).dropna()
