@@ -121,9 +121,9 @@ def backward(
             dweights[:, block.rows] = (block.match @ of_scores[..., None]).squeeze(-1)
             of_match = (of_scores[:, :, None] * block.weights[..., None]).masked_fill_(block.match <= 0, 0.0)
             if isinstance(block.at, slice):
-                of_match = of_match.flatten(1, 2)
-                dq[:, block.rows] = (of_match @ block.k).view_as(block.q)
-                dk[:, block.at] += of_match.mT @ block.q.flatten(1, 2)
+                dq[:, block.rows] = (of_match.flatten(1, 2) @ block.k).view_as(block.q)
+                for head, q_BCD in enumerate(block.q.unbind(2)):  # one by one: a sum over all rounds twice as much
+                    dk[:, block.at] += of_match[:, :, head].mT @ q_BCD
             else:
                 dq[:, block.rows] = of_match @ block.k
                 _add_at(dk, block.at, of_match.mT @ block.q)
