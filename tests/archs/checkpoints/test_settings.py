@@ -59,7 +59,7 @@ VALUES = {
     "mamba_d_head": ["auto", 16],
     "mlp_layer_types": [["sparse", "dense"], ["sparse", "sparse"]],
     "mlp_only_layers": [[0], [0, 1]],
-    "n_routed_experts": [12],
+    "n_routed_experts": [16],
     "num_attention_heads": [8],
     "num_experts_per_tok": [1, 4],
     "num_key_value_heads": [1, 4],
