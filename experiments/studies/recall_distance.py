@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.findings import Verdict
 from experiments.harness.weights import FinishedRun
-from experiments.report.figures import COLOURS, MARKERS
+from experiments.report.figures import COLOURS
 from experiments.studies.ablation import Ablation, counted
 from experiments.studies.by_position import recall_by_distance
 from experiments.studies.sides import on_their_sides
@@ -47,19 +47,19 @@ class RecallDistance(Ablation):
         return [found | {f"@{first}": x for first, x in zip(report["first"], report.accuracy, strict=True)}]
 
     def figure(self, table: pd.DataFrame) -> Figure:
-        """The fraction recalled against the distance: the mean of each variant, and between its seeds."""
-        canvas = Figure(figsize=(7.5, 5), layout="constrained")
-        axes, runs = canvas.subplots(), counted(table)
+        """The fraction recalled against the distance, a panel per variant and a line per seed."""
+        runs = counted(table)
         ranges = [column for column in map(str, runs) if column.startswith("@")]
-        first = [int(column[1:]) for column in ranges]
-        for i, (name, seeds) in enumerate(runs.groupby("variant", sort=False)[ranges]):
-            label = str(name).replace("_", " ")
-            axes.plot(first, seeds[ranges].mean(), color=COLOURS[i], marker=MARKERS[i], ms=4, label=label)
-            axes.fill_between(first, seeds[ranges].min(), seeds[ranges].max(), color=COLOURS[i], alpha=0.12, lw=0)
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="distance to the key, from", ylabel="fraction of answers recalled", ylim=(-0.02, 1.02))
-        axes.grid(alpha=0.3)
-        canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        canvas = Figure(figsize=(10, 5.4), layout="constrained")
+        panels = canvas.subplots(-(-len(self.variants) // 3), 3, sharex=True, sharey=True, squeeze=False).flat
+        for panel, name, colour in zip(panels, self.variants, COLOURS, strict=False):
+            for _, run in runs[runs.variant == name].iterrows():
+                panel.plot([int(column[1:]) for column in ranges], run[ranges], color=colour, marker="o", ms=4)
+            panel.set_xscale("log", base=2)
+            panel.set(title=name.replace("_", " "), ylim=(-0.02, 1.02))
+            panel.grid(alpha=0.3)
+        canvas.supxlabel("distance to the key, from", fontsize="medium")
+        canvas.supylabel("fraction of answers recalled", fontsize="medium")
         return canvas
 
     def verdict(self, table: pd.DataFrame) -> Verdict:
