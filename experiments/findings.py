@@ -9,6 +9,8 @@ from tempfile import TemporaryFile
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 from experiments.harness.files import write_atomically
 
@@ -56,6 +58,13 @@ class Estimate:
         needed to contain it."""
         low, high = np.quantile(draws, QUANTILES, method="inverted_cdf")
         return cls(value, min(float(low), value), max(float(high), value))
+
+    @classmethod
+    def of_mean(cls, values: ArrayLike) -> "Estimate":
+        """Returns the mean of at least two values with its 95 % interval (Student's t)."""
+        values = np.asarray(values, float)
+        reach = float(student_t.ppf(QUANTILES[1], values.size - 1) * values.std(ddof=1) / values.size**0.5)
+        return cls(float(values.mean()), float(values.mean()) - reach, float(values.mean()) + reach)
 
     def map(self, increasing: Callable[[float], float]) -> "Estimate":
         """Returns the estimate of an increasing function of the number, such as its exponential."""

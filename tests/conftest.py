@@ -1,6 +1,7 @@
 """What tests of several folders share: composed configs and a corpus that fits in a test."""
 
 import os
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 
 from experiments.data.token_data import TokenData
 from experiments.harness.identity import run_of
+from experiments.harness.telemetry import Telemetry
 
 # Read when Triton is first imported, by whomever: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -44,6 +46,44 @@ def make_config(tmp_path):
 def make_run(make_config):
     """Returns overrides -> a small run."""
     return lambda *overrides: run_of(make_config(*overrides))
+
+
+@pytest.fixture
+def first_steps(monkeypatch):
+    """The step that each training begins at."""
+    steps, original = [], Telemetry.on_train_batch_start
+
+    def watch(self, trainer, *rest):
+        if not hasattr(self, "step_started"):
+            steps.append(trainer.global_step)
+        original(self, trainer, *rest)
+
+    monkeypatch.setattr(Telemetry, "on_train_batch_start", watch)
+    return steps
+
+
+class Kill(BaseException):
+    """What no part of a run catches."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Returns step -> a context in which a run is killed as it begins that step."""
+
+    @contextmanager
+    def killing(step: int):
+        begin = Telemetry.on_train_batch_start
+
+        def kill(self, trainer, *rest):
+            if trainer.global_step == step:
+                raise Kill
+            begin(self, trainer, *rest)
+
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr(Telemetry, "on_train_batch_start", kill)
+            yield
+
+    return killing
 
 
 @pytest.fixture(scope="session")

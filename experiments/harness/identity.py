@@ -85,7 +85,7 @@ class Run:
 
     @property
     def processes(self) -> int:
-        """How many processes it asks for, on all nodes."""
+        """The number of processes that it asks for, on all nodes."""
         return self.spread.get("devices", 1) * self.spread.get("nodes", 1)
 
 

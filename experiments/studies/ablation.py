@@ -6,6 +6,7 @@ Shape letters: A variants, S seeds.
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -52,9 +53,9 @@ class Ablation(Study):
             raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.variants)}")
         chosen = dict.fromkeys(self.variants, self.learning_rates[0])
         if len(self.learning_rates) > 1:
-            cell = lambda name, rate: self._cell(compose, name, rate, self.tuning_seed)  # noqa: E731
+            cell = partial(self._cell, compose, self.tuning_seed)
             chosen = yield from tune(self.variants, self.learning_rates, self.widen, cell)
-        yield [self._cell(compose, name, rate, seed) for name, rate in chosen.items() for seed in self.seeds]
+        yield [self._cell(compose, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
 
     def overrides(self, name: str) -> list[str]:
         """Return the overrides of a variant, with those of the earlier variants that it names."""
@@ -62,7 +63,7 @@ class Ablation(Study):
         found = ((self.overrides(word) if word in earlier else [word]) for word in self.variants[name])
         return [override for overrides in found for override in overrides]
 
-    def _cell(self, compose: Compose, name: str, rate: float, seed: int) -> Cell:
+    def _cell(self, compose: Compose, seed: int, name: str, rate: float) -> Cell:
         config = compose(self.overrides(name))
         config.session.arm = name
         config.budget.flops *= self.shares.get(name, 1)
@@ -72,7 +73,8 @@ class Ablation(Study):
 
     @torch.no_grad()
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
-        """What parts of the model say of themselves, such as experts of their loads, on the first held-out windows."""
+        """Return what parts of the model say of themselves, such as experts of their loads, on the first held-out
+        windows."""
         settings = finished.config.data
         batch = heldout_batches(finished.data, settings.sequence_length, settings.packed, WINDOWS)[0]
         finished.objective.loss(finished.model.train(), batch, torch.Generator().manual_seed(0))

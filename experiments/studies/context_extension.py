@@ -9,14 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.findings import Verdict
+from experiments.findings import Estimate, Verdict
 from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.by_position import at_length, bits_by_position, recall_by_distance
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 REPORTS = {"bits": bits_by_position, "recall": recall_by_distance}  # what a task is measured by
@@ -153,7 +152,7 @@ class ContextExtension(Study):
         if len(pair) < 2:
             return Verdict("cannot tell", f"{len(pair)} seeds are too few to compare.", None, self.rule)
         challenger, champion = self.compared
-        effect = mean_of(pair[champion] - pair[challenger])
+        effect = Estimate.of_mean(pair[champion] - pair[challenger])
         outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
         said = ", ".join(f"{name} {far[name].mean():.3f}" for name in self.curves if name in far)
         sentence = (

@@ -16,7 +16,6 @@ from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS, tick_values
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Study
 
 Found = TypeVar("Found")
@@ -122,7 +121,7 @@ class CostByLength(Study):
         times = rows.dropna(subset="seconds").pivot(index="length", columns="repeat", values="seconds")
         times = times.sort_index().tail(self.last)
         logs = np.log(times.to_numpy(float))
-        return mean_of(pd.Series(np.polyfit(np.log(times.index.to_numpy(float)), logs, 1)[0]))
+        return Estimate.of_mean(np.polyfit(np.log(times.index.to_numpy(float)), logs, 1)[0])
 
 
 def read(model: LanguageModel, T: int) -> tuple[float, float, int]:

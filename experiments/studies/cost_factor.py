@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.findings import Estimate, Verdict, number
 from experiments.report.figures import COLOURS, MARKERS, tick_budgets, tick_values
+from experiments.scaling.joint import estimated
 from experiments.studies.swept import Swept
 
 
@@ -33,12 +34,12 @@ class CostFactor(Swept):
         reference = self.number(joint, self.reference)
         for arm in (self.arm, *self.beside):
             mine = self.number(joint, arm)
-            for budget in self.design().budgets:
+            for budget in self.design.budgets:
                 value, draws = (
                     -surface.log_multiplier(mine, reference, math.log(budget))
                     for surface in (joint.fit.surface, joint.draws)
                 )
-                factor = Estimate.of_draws(float(value[0]), draws).map(math.exp)
+                factor = estimated(value, draws).map(math.exp)
                 found.append([arm, budget, factor.value, factor.low, factor.high])
         return pd.DataFrame(found, columns=["arm", "budget", "factor", "low", "high"])
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.findings import Verdict
-from experiments.studies.repeated_data import mean_of
+from experiments.findings import Estimate, Verdict
 from experiments.studies.rlvr import said
 from experiments.studies.tuned import MEASURES, Tuned, draw, final
 
@@ -39,7 +38,7 @@ class DiffusionRLVR(Tuned):
         if len(paired) < 2:
             return Verdict("cannot tell", f"{len(paired)} seeds are too few to compare.", None, self.rule)
         best = str(paired[others].mean().idxmax())
-        effect = mean_of(paired[self.unbiased] - paired[best])
+        effect = Estimate.of_mean(paired[self.unbiased] - paired[best])
         outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
         steps = ends.groupby("arm", sort=False).step.max()
         taken = ", ".join(f"{arm.replace('_', ' ')} {steps[arm]:.0f}" for arm in self.arms)

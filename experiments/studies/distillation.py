@@ -14,7 +14,6 @@ from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun, load_trained
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Stages, Study
 from objectives.post_training.distillation import Distillation
 
@@ -156,4 +155,4 @@ def advantage(runs: pd.DataFrame, student: str, method: str, account: str) -> Es
             largest = rows.loc[rows.budget.idxmax()]
             at = np.interp(np.log(largest[account]), np.log(scratch.flops), np.log(scratch.gap))
             ratios.append(at - np.log(largest.gap))
-    return mean_of(pd.Series(ratios)).map(math.exp) if len(ratios) > 1 else None
+    return Estimate.of_mean(ratios).map(math.exp) if len(ratios) > 1 else None

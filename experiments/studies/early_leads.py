@@ -29,8 +29,8 @@ class EarlyLeads(Swept):
     def table(self, rows: pd.DataFrame) -> pd.DataFrame:
         """One row per pair of arms with held-out runs: ln of the loss of the one over that of the other, early and
         late, with their intervals. Held-out runs scatter as the fitted ones do."""
-        joint, ledger = self.joint(self.seen), self.rows()
-        held = {arm: finished(ledger, arm, "holdout") for arm in joint.arms}
+        joint = self.joint(self.seen)
+        held = {arm: finished(self.runs, arm, "holdout") for arm in joint.arms}
         late = {arm: math.log(own.bits_per_byte.astype(float).min()) for arm, own in held.items() if len(own)}
         rng, log_flops = np.random.default_rng(0), math.log(self.seen)
         early, drawn, later = {}, {}, {}

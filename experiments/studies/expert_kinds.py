@@ -1,4 +1,4 @@
-"""What the choice of experts goes by: the byte, or the kind of text that it stands in (Jiang et al., arXiv 2401.04088,
+"""Choice of experts: by the byte, or by the kind of text that it stands in (Jiang et al., arXiv 2401.04088,
 section 5; Fedus et al., 2101.03961).
 
 Shape letters: B windows, T tokens, N bytes that are looked at, K experts per byte.
@@ -16,14 +16,12 @@ from torch import Tensor
 
 from archs.language_model import LanguageModel
 from experiments.data.windows import heldout_windows
-from experiments.findings import Verdict
+from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
-from experiments.harness.parts import build_model
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.hidden_states import chosen_experts
+from experiments.studies.hidden_states import chosen_experts, untrained
 from experiments.studies.python_source import Region, read_documents
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Study
 
 KINDS = (Region.CODE, Region.COMMENT, Region.STRING)
@@ -57,11 +55,8 @@ class ExpertKinds(Study):
         looked_BT = np.zeros(tokens_BT.shape, bool)
         looked_BT[:, self.skip : -1] = True  # no model reads the last byte of a window
         where = np.flatnonzero(np.isin(source.region, KINDS) & (tokens != finished.data.eot) & looked_BT.ravel())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(finished.config.seed)
-            untrained = build_model(finished.config, finished.objective).eval()
         inputs_BT, rows = F.pad(tokens_BT[:, :-1], (1, 0), value=finished.data.eot), []
-        for name, model in ((TRAINED, finished.model), (UNTRAINED, untrained)):
+        for name, model in ((TRAINED, finished.model), (UNTRAINED, untrained(finished))):
             for block, chosen_BTK in choices(model, inputs_BT).items():
                 # A byte is read a place later than it is predicted.
                 chosen_NK = chosen_BTK.flatten(0, 1).numpy()[where + 1]
@@ -89,7 +84,7 @@ class ExpertKinds(Study):
         trained = done[done.model == TRAINED].groupby("seed")[["byte", "kind", "kind_beyond", "choice", "kinds"]].mean()
         if len(trained) < 2:
             return Verdict("cannot tell", f"{len(trained)} seeds are too few to tell.", None, self.rule)
-        part = mean_of(trained.kind_beyond / (trained.byte + trained.kind_beyond))
+        part = Estimate.of_mean(trained.kind_beyond / (trained.byte + trained.kind_beyond))
         outcome = "holds" if part.high < self.margin else "does not hold" if part.low > self.margin else "cannot tell"
         before = done[done.model == UNTRAINED][["byte", "kind_beyond"]].mean()
         mean = trained.mean()

@@ -33,11 +33,10 @@ class Extrapolation(Swept):
         Raises:
             ValueError: where no arm has both.
         """
-        design, rows = self.design(), self.rows()
-        known = rows[rows.budget_flops <= self.seen]
-        forecasts, found = predict(known, design, "").arms, []
+        known = self.runs[self.runs.budget_flops <= self.seen]
+        forecasts, found = predict(known, self.design, "").arms, []
         for arm, forecast in forecasts.items():
-            held = outcome(finished(rows, arm, "holdout"), design, forecast)
+            held = outcome(finished(self.runs, arm, "holdout"), self.design, forecast)
             if held is None or not isinstance(forecast, Forecast):
                 continue
             own = finished(known, arm, "fit")

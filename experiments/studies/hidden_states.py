@@ -1,4 +1,4 @@
-"""What a model computes on its way, recorded by hooks: the model itself knows nothing of it.
+"""Hidden states and choices of experts, recorded by hooks: the model itself knows nothing of it.
 
 Shape letters: B sequences, T tokens, N all of them, D model width, U units, K experts per token.
 """
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from archs.channels.router import Router
 from archs.language_model import LanguageModel
+from experiments.harness.parts import build_model
+from experiments.harness.weights import FinishedRun
 
 
 @torch.no_grad()
@@ -64,3 +66,10 @@ def chosen_experts(model: LanguageModel, tokens_BT: Tensor) -> dict[int, Tensor]
         for handle in handles:
             handle.remove()
     return found
+
+
+def untrained(finished: FinishedRun) -> LanguageModel:
+    """Return the model of a run with random weights, drawn from its seed, to compare the trained one with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(finished.config.seed)
+        return build_model(finished.config, finished.objective).eval()

@@ -1,10 +1,11 @@
-"""What training in narrow number formats costs each backbone.
+"""The cost in loss of training in narrow number formats, backbone by backbone.
 
 Shape letters: S seeds, M backbones.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from scipy.stats import t as student_t
 from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.ablation import tune
+from experiments.studies.ablation import counted, tune
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 FULL = "float32"
@@ -39,16 +40,16 @@ class LowPrecision(Study):
     seeds: list[int]
 
     def stages(self, compose: Compose) -> Stages:
-        cell = lambda name, rate: self._cell(compose, name, FULL, rate, self.tuning_seed)  # noqa: E731
+        cell = partial(self._cell, compose, self.tuning_seed, FULL)
         chosen = yield from tune(self.backbones, self.learning_rates, self.widen, cell)
         yield [
-            self._cell(compose, name, format, rate, seed)
+            self._cell(compose, seed, format, name, rate)
             for name, rate in chosen.items()
             for format in (FULL, *self.formats)
             for seed in self.seeds
         ]
 
-    def _cell(self, compose: Compose, name: str, format: str, rate: float, seed: int) -> Cell:
+    def _cell(self, compose: Compose, seed: int, format: str, name: str, rate: float) -> Cell:
         narrow = f"+low_precision={{_target_:archs.low_precision.LowPrecision,format:{format}}}"
         config = compose([*self.backbones[name], *([] if format == FULL else [narrow])])
         config.session.arm = f"{name}_{format}"
@@ -57,7 +58,8 @@ class LowPrecision(Study):
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 
     def figure(self, table: pd.DataFrame) -> Figure:
-        """What each format costs each backbone in % of the loss: every pair of runs, and the mean with its interval."""
+        """The cost of each format to each backbone in % of the loss: every pair of runs, and the mean with its
+        interval."""
         canvas = Figure(figsize=(7.5, 1.6 + 0.22 * len(self.backbones) * len(self.formats)), layout="constrained")
         axes, losses = canvas.subplots(), compared(table)
         for k, format in enumerate(self.formats):
@@ -112,8 +114,8 @@ class LowPrecision(Study):
 
 def compared(table: pd.DataFrame) -> pd.DataFrame:
     """Returns ln(bits per byte) of the runs that count: a row per seed, a column per backbone and format."""
-    done = table[(table.status == "done") & (table.stage == "compare")]
-    return done.pivot(index="seed", columns=["variant", "format"], values="bits_per_byte").astype(float).map(math.log)
+    losses = counted(table).pivot(index="seed", columns=["variant", "format"], values="bits_per_byte")
+    return losses.astype(float).map(math.log)
 
 
 def costs(lost_SM: pd.DataFrame) -> dict[str, Estimate]:

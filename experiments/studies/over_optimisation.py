@@ -29,7 +29,6 @@ from experiments.harness.weights import FinishedRun, load_run, load_trained
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.best_of_n import divergence, expected_best
 from experiments.studies.recall import rank_correlation
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Stages, Study
 from objectives.contracts import Batch, Request
 from objectives.post_training.divergences import written_kl
@@ -179,7 +178,7 @@ class OverOptimisation(Study):
         if len(gold) < 4 or gold.shape[1] < 2:
             return Verdict("cannot tell", f"{len(gold)} proxies are too few to compare.", None, self.rule)
         best, last = gold.mean().idxmax(), gold.columns[-1]
-        rise, fall = mean_of(gold[best]), mean_of(gold[best] - gold[last])
+        rise, fall = Estimate.of_mean(gold[best]), Estimate.of_mean(gold[best] - gold[last])
         effect = trend(points, "rl", "comparisons")
         if min(rise.low, fall.low, effect.low) > 0:
             outcome = "holds"

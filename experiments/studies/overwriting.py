@@ -1,4 +1,4 @@
-"""What is left of a window in a model, by how long ago it was read (after Tirumala et al., arXiv 2205.10770).
+"""The trace that a window has left in a model, by how long ago it was read (after Tirumala et al., arXiv 2205.10770).
 
 Shape letters: B windows, T tokens.
 """
@@ -14,14 +14,13 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Generator, Tensor
 
-from experiments.findings import Verdict
+from experiments.findings import Estimate, Verdict
 from experiments.harness.assembly import measure, spend
 from experiments.harness.data_module import DataModule
 from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Study
 from objectives.contracts import Batch
 
@@ -91,7 +90,7 @@ class Overwriting(Study):
         for i, name in enumerate(self.arms):
             lags = found[found.arm == name].groupby("earliest").bits
             means = lags.mean()
-            reach = [mean_of(bits).high - bits.mean() if len(bits) > 1 else 0.0 for _, bits in lags]
+            reach = [Estimate.of_mean(bits).high - bits.mean() if len(bits) > 1 else 0.0 for _, bits in lags]
             look = {"color": COLOURS[i], "marker": MARKERS[i], "capsize": 3, "label": name.replace("_", " ")}
             axes.errorbar(means.index * 1.04 ** (i - len(self.arms) / 2), means, reach, **look)
         axes.axhline(0, color="0.4", lw=1)
@@ -110,14 +109,14 @@ class Overwriting(Study):
         if any(place not in found for place in wanted) or len(found := found[wanted].dropna()) < 2:
             return Verdict("cannot tell", f"{len(found)} seeds are too few to compare.", None, self.rule)
         latest, earliest, then, repeated = (found[place] for place in wanted)
-        fresh, mended = mean_of(latest), mean_of(repeated - then)
+        fresh, mended = Estimate.of_mean(latest), Estimate.of_mean(repeated - then)
         sentence = (
             f"Read once, windows of the last {self.lags[0]:.3g} of the run cost {fresh:.4f} bits per byte less than "
-            f"where never read, those of its first {1 - self.lags[-2]:.3g} {mean_of(earliest):.4f}"
+            f"where never read, those of its first {1 - self.lags[-2]:.3g} {Estimate.of_mean(earliest):.4f}"
         )
         if fresh.low <= 0:
             return Verdict("cannot tell", f"{sentence}: there is nothing to overwrite.", None, self.rule)
-        kept = mean_of(earliest / latest)
+        kept = Estimate.of_mean(earliest / latest)
         outcome = "cannot tell"
         if kept.high < HALF and mended.low > 0:
             outcome = "holds"
@@ -126,7 +125,7 @@ class Overwriting(Study):
         epochs = self.arms[self.often]["epochs"]
         sentence += (
             f", of the former {kept:.2f}. At a lag of up to {oldest:.3g}, {epochs} epochs of the same tokens leave "
-            f"{mean_of(repeated):.4f} where one leaves {mean_of(then):.4f}: {mended:.4f} more."
+            f"{Estimate.of_mean(repeated):.4f} where one leaves {Estimate.of_mean(then):.4f}: {mended:.4f} more."
         )
         return Verdict(outcome, sentence, kept, self.rule)
 

@@ -71,7 +71,7 @@ class RepeatedData(Study):
         lowest = done.groupby(["objective", "seed"]).bits_per_byte.min().unstack("objective")
         if len(lowest) < 2 or lowest.isna().any(axis=None):
             return Verdict("cannot tell", f"{len(lowest)} seeds are too few to compare.", None, self.rule)
-        effect = mean_of(lowest[champion] - lowest[challenger])
+        effect = Estimate.of_mean(lowest[champion] - lowest[challenger])
         outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
         means = summary(table)
         best = means.loc[means.groupby("objective")["mean"].idxmin()].set_index("objective")
@@ -86,13 +86,6 @@ class RepeatedData(Study):
         return Verdict(outcome, sentence, effect, self.rule)
 
 
-def mean_of(values: pd.Series) -> Estimate:
-    """The mean of at least two values with its 95 % interval (Student's t)."""
-    mean, error = float(values.mean()), float(values.std() / len(values) ** 0.5)
-    reach = float(student_t.ppf(0.975, len(values) - 1)) * error
-    return Estimate(mean, mean - reach, mean + reach)
-
-
 def leads(table: pd.DataFrame, challenger: str, champion: str) -> dict[str, list[int]]:
     """The numbers of epochs at which each is ahead, as far as the differences of runs of the same seed tell."""
     ahead: dict[str, list[int]] = {champion: [], challenger: []}
@@ -100,7 +93,7 @@ def leads(table: pd.DataFrame, challenger: str, champion: str) -> dict[str, list
     for epochs in done.index.unique("epochs"):
         rows = done.loc[epochs]
         difference = (rows[champion] - rows[challenger]).dropna()
-        if len(difference) >= 2 and 0.0 not in (effect := mean_of(difference)):
+        if len(difference) >= 2 and 0.0 not in (effect := Estimate.of_mean(difference)):
             ahead[challenger if effect.value > 0 else champion].append(epochs)
     return ahead
 

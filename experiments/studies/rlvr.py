@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.findings import Verdict
-from experiments.studies.repeated_data import mean_of
+from experiments.findings import Estimate, Verdict
 from experiments.studies.tuned import BASE, MEASURES, Tuned, draw, final
 
 REWARDS, ANSWERS, CHANCE = "rewards", "right_answers", "chance_rewards"  # arms that the verdict is read from
@@ -42,8 +41,8 @@ class RLVR(Tuned):
         bases = asked[asked.arm == BASE].set_index("model")
         if any((paired.index.get_level_values("model") == name).sum() < 2 or name not in bases.index for name in names):
             return Verdict("cannot tell", "Too few runs were finished to compare.", None, self.rule)
-        effect = mean_of(paired[REWARDS] - paired[ANSWERS])
-        lifts = [mean_of(paired.loc[name, REWARDS] - bases["pass@1"][name]) for name in names]
+        effect = Estimate.of_mean(paired[REWARDS] - paired[ANSWERS])
+        lifts = [Estimate.of_mean(paired.loc[name, REWARDS] - bases["pass@1"][name]) for name in names]
         by_chance = paired[CHANCE].groupby("model").mean()
         if (by_chance > bases["pass@1_high"].reindex(by_chance.index)).any():
             outcome = "cannot tell"

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.findings import Estimate, Verdict, number
 from experiments.report.figures import COLOURS, MARKERS, tick_values
+from experiments.scaling.joint import estimated
 from experiments.scaling.surface import Surface
 from experiments.studies.swept import Swept
 
@@ -45,7 +46,7 @@ class ServedTokens(Swept):
         """
         if self.judged not in self.served:
             raise ValueError(f"study.judged={self.judged} must be one of study.served={self.served}")
-        joint, log_flops = self.joint(), math.log(max(self.design().budgets))
+        joint, log_flops = self.joint(), math.log(max(self.design.budgets))
         found = []
         for arm in self.arms:
             mine = self.number(joint, arm)
@@ -53,7 +54,7 @@ class ServedTokens(Swept):
                 value, draws = (cheapest(s, mine, log_flops, served) for s in (joint.fit.surface, joint.draws))
                 row: dict = {"arm": arm, "served": served}
                 for name, one, many in zip(("size", "tokens", "flops"), value, draws, strict=True):
-                    ratio = Estimate.of_draws(float(one[0]), many).map(math.exp)
+                    ratio = estimated(one, many).map(math.exp)
                     row |= {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
                 found.append(row)
         return pd.DataFrame(found)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from experiments.findings import Estimate, StudyOutcome
-from experiments.studies.repeated_data import mean_of
 
 
 def on_their_sides(
@@ -29,7 +28,7 @@ def on_their_sides(
         runs = values[name].dropna() if name in values else pd.Series(dtype=float)
         if len(runs) < 2:
             return "cannot tell", name, None
-        mean = means[name] = mean_of(runs)
+        mean = means[name] = Estimate.of_mean(runs)
         ends = (mean.low - threshold, mean.high - threshold)
         near[name], far[name] = ends if name in above else (-ends[1], -ends[0])
     worst = min(far, key=lambda name: far[name])

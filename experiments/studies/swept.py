@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -29,17 +30,19 @@ class Swept(Study, ABC):
     def table(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The table, from the sweep's ledger; of the study's own rows there are none."""
 
+    @cached_property
     def design(self) -> Design:
-        """Return the design of the sweep.
+        """The design of the sweep.
 
         Raises:
             ValueError: where there is none.
         """
         return read_design(Path(self.sweep))
 
-    def rows(self) -> pd.DataFrame:
-        """Return the rows of its ledger."""
-        return self.design().losses(ledger.read(Path(self.sweep) / "ledger.jsonl"))
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """The rows of its ledger."""
+        return self.design.losses(ledger.read(Path(self.sweep) / "ledger.jsonl"))
 
     def joint(self, most: float = math.inf) -> Joint:
         """Return the surface of its fitted runs whose budgets are not above `most` FLOPs.
@@ -47,8 +50,7 @@ class Swept(Study, ABC):
         Raises:
             ValueError: where they are too few.
         """
-        rows = self.rows()
-        joint = join(rows[rows.budget_flops <= most], self.design(), {}, draws=self.draws)
+        joint = join(self.runs[self.runs.budget_flops <= most], self.design, {}, draws=self.draws)
         if isinstance(joint, Refused):
             raise ValueError(f"study.sweep={self.sweep} has no surface up to {most:.3g} FLOPs: {joint.refused}")
         return joint
@@ -59,6 +61,7 @@ class Swept(Study, ABC):
         Raises:
             ValueError: for an arm that it has not.
         """
-        if arm not in joint.arms:
+        number = joint.number(arm)
+        if number is None:
             raise ValueError(f"study.sweep={self.sweep} has no fitted arm {arm!r}: choose from {', '.join(joint.arms)}")
-        return joint.arms.index(arm)
+        return number

@@ -18,15 +18,13 @@ from torch import Tensor
 
 from archs.language_model import LanguageModel
 from experiments.data.windows import heldout_windows
-from experiments.findings import Verdict
+from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
-from experiments.harness.parts import build_model
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.hidden_states import hidden_states
+from experiments.studies.hidden_states import hidden_states, untrained
 from experiments.studies.probes import best_unit, one_hot, probe, standardised
 from experiments.studies.python_source import Region, read_documents
-from experiments.studies.repeated_data import mean_of
 from experiments.studies.study import Cell, Compose, Study
 
 STATES = ("string", "comment", "bracket", "indented")
@@ -81,11 +79,8 @@ class TextState(Study):
                 for i, state in enumerate(STATES)
             ]
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(finished.config.seed)
-            untrained = build_model(finished.config, finished.objective).eval()
         inputs_BT, rows = F.pad(tokens_BT[:, :-1], (1, 0), value=finished.data.eot), []
-        for name, model in ((TRAINED, finished.model), (UNTRAINED, untrained)):
+        for name, model in ((TRAINED, finished.model), (UNTRAINED, untrained(finished))):
             # What stands at a byte has been computed from it, a place later than it is predicted.
             for (place, layer), x_NF in gathered(model, inputs_BT, where + 1).items():
                 x_NF = standardised(x_NF, other_N)
@@ -127,7 +122,7 @@ class TextState(Study):
         seeds = runs.groupby("seed")[["part", "lead"]].mean()
         if len(seeds) < 2:
             return Verdict("cannot tell", f"{len(seeds)} seeds are too few to tell.", None, self.rule)
-        part, lead = mean_of(seeds.part), mean_of(seeds.lead)
+        part, lead = Estimate.of_mean(seeds.part), Estimate.of_mean(seeds.lead)
         outcome = "cannot tell"
         if part.low > self.margin and lead.low > 0:
             outcome = "holds"

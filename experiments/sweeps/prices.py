@@ -44,10 +44,10 @@ class Price:
 def prices(arms: Mapping[str, Arm], cells: Iterable[Cell], rows: pd.DataFrame) -> Callable[[Cell], float]:
     """Returns cell -> seconds. cells: those that are to be priced; rows: of the ledger."""
     known = prices_so_far(rows)
-    for cell in (cells := sorted(cells, key=lambda cell: cell.params)):
-        if cell.arm not in known:
-            mine = [other for other in cells if other.arm == cell.arm]
-            known[cell.arm] = measured(arms[cell.arm], mine[0], mine[-1])
+    sizes: dict[str, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.params):
+        sizes.setdefault(cell.arm, []).append(cell)
+    known |= {arm: measured(arms[arm], own[0], own[-1]) for arm, own in sizes.items() if arm not in known}
     return lambda cell: known[cell.arm].of(cell)
 
 

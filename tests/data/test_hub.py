@@ -15,7 +15,6 @@ from pyarrow import parquet
 from experiments.data.token_data import prepare
 from experiments.data.tokenizers import BPETokenizer
 from experiments.harness.run import execute
-from experiments.harness.telemetry import Telemetry
 from tests.data.hub import Hub, serving
 
 CARD = """---
@@ -74,13 +73,9 @@ class Documents:
             yield text.encode()
 
 
-class Stop(BaseException):
-    """A kill in the middle of a run."""
-
-
 @pytest.mark.thorough
 def test_a_run_streams_through_broken_connections_and_goes_on_to_the_token_without_the_hub(
-    hub, run_python, make_run, tmp_path, monkeypatch
+    hub, run_python, make_run, tmp_path, first_steps, killed_at
 ):
     hub.broken = {2, 5}  # the README is 0 and the first file's end is 1
     small = [*SMALL, "arch.width=16", "budget.flops=1e9", "trainer.evaluations=1", "data.sequence_length=32"]
@@ -94,20 +89,12 @@ def test_a_run_streams_through_broken_connections_and_goes_on_to_the_token_witho
     there = prepare(Documents(), BPETokenizer(300), 2000, 0.05, tmp_path / "there")
     assert truth["data_digest"] == there.digest
 
-    run, begin, steps = make_run(*small), Telemetry.on_train_batch_start, []
+    run = make_run(*small)
     assert run.id == truth["id"]
-
-    def stop_at_7(self, trainer, *rest):
-        steps.append(trainer.global_step)
-        if steps == list(range(8)):
-            raise Stop
-        begin(self, trainer, *rest)
-
-    monkeypatch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
-    with pytest.raises(Stop):
+    with killed_at(7):
         execute(run)
     row = execute(run)
-    assert steps[8] > 0, "started from the beginning"
+    assert first_steps == [0, 7], "started from the beginning"
     assert (row["bits_per_byte"], row["train_loss"]) == (truth["bits_per_byte"], truth["train_loss"])
 
 

@@ -9,41 +9,19 @@ from hypothesis import strategies as st
 from experiments.harness import checkpoints, hardware
 from experiments.harness.checkpoints import generations, last_good
 from experiments.harness.run import execute
-from experiments.harness.telemetry import Telemetry
 
 
 class Stop(BaseException):
     """A kill in the middle of a run."""
 
 
-def stop_at_7(self, trainer, *rest, begin=Telemetry.on_train_batch_start):
-    if trainer.global_step == 7:
-        raise Stop
-    begin(self, trainer, *rest)
-
-
 @pytest.fixture
-def stopped(make_run, data, monkeypatch):
+def stopped(make_run, data, killed_at):
     """A run that was killed at its seventh step, with a checkpoint of each before."""
     run = make_run("session.checkpoint_seconds=0")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
+    with killed_at(7):
         execute(run, data)
     return run
-
-
-@pytest.fixture
-def first_steps(monkeypatch):
-    """The step that each training begins at."""
-    steps, original = [], Telemetry.on_train_batch_start
-
-    def watch(self, trainer, *rest):
-        if not hasattr(self, "step_started"):
-            steps.append(trainer.global_step)
-        original(self, trainer, *rest)
-
-    monkeypatch.setattr(Telemetry, "on_train_batch_start", watch)
-    return steps
 
 
 def truncate(path):
@@ -76,12 +54,11 @@ def test_a_torn_checkpoint_is_passed_over_and_the_result_is_the_same(
     assert sum("is damaged" in message for message in caplog.messages) == torn
 
 
-def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(make_run, data, monkeypatch):
+def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(make_run, data, monkeypatch, killed_at):
     run, free, taken = make_run("session.checkpoint_seconds=0"), iter([2, 1]), []
     monkeypatch.setattr(hardware, "best_threads", lambda *_: next(free))
     monkeypatch.setattr("torch.set_num_threads", taken.append)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
+    with killed_at(7):
         execute(run, data)
     assert execute(run, data)["status"] == "done" and taken == [2, 2]
 

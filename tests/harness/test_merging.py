@@ -217,25 +217,14 @@ def test_a_run_that_is_under_way_here_is_not_touched(tmp_path):
     assert here.statuses() == {"a": "done", "b": "done"}
 
 
-def test_a_run_that_was_stopped_elsewhere_goes_on_here(make_run, data, tmp_path, monkeypatch):
-    from experiments.harness.telemetry import Telemetry
-
+def test_a_run_that_was_stopped_elsewhere_goes_on_here(make_run, data, first_steps, killed_at):
     run = make_run("session.checkpoint_seconds=0")
-    begin, steps = Telemetry.on_train_batch_start, []
-
-    def stop_at_7(self, trainer, *rest):
-        steps.append(trainer.global_step)
-        if trainer.global_step == 7 and len(steps) < 9:
-            raise Killed
-        begin(self, trainer, *rest)
-
-    monkeypatch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         execute(run, data)
     there = f"{run.session.root}-there"
     merge(there, [str(run.session.root)])
     moved = make_run(f"session.root={there}")
-    assert execute(moved, data)["status"] == "done" and steps[8] == 7
+    assert execute(moved, data)["status"] == "done" and first_steps == [0, 7]
     merge(str(run.session.root), [there])
     assert execute(run, data) == execute(moved, data) and len(ledger.read(run.ledger)) == 1
 

@@ -7,7 +7,6 @@ import pytest
 
 from experiments.harness import identity, ledger, origin, training
 from experiments.harness.run import execute
-from experiments.harness.telemetry import Telemetry
 
 MIXER = '"""A mixer."""\nfrom {package}.parts import factor\n\n\ndef mix(x):\n    """Mix."""\n    return factor * x\n'
 
@@ -103,27 +102,16 @@ def test_a_result_of_other_code_is_put_aside_and_made_again_where_that_is_asked_
     assert execute(make_run(), data)["code"] == run.code, "what replaced it is found again"
 
 
-class Stop(BaseException):
-    """A kill in the middle of a run."""
-
-
-def stop_at_5(self, trainer, *rest, begin=Telemetry.on_train_batch_start):
-    if trainer.global_step == 5:
-        raise Stop
-    begin(self, trainer, *rest)
-
-
 @pytest.mark.parametrize("stopped", ["from the beginning", "while it replaced another"])
-def test_a_run_does_not_go_on_from_a_checkpoint_of_other_code(make_run, data, monkeypatch, stopped):
+def test_a_run_does_not_go_on_from_a_checkpoint_of_other_code(make_run, data, monkeypatch, killed_at, stopped):
     settings = ["session.checkpoint_seconds=0"]
     if stopped == "while it replaced another":
         with monkeypatch.context() as patch:
             patch.setattr(identity, "code_digest", lambda config: "1" * 12)
             execute(make_run(), data)
         settings.append("session.older=replace")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with killed_at(5), monkeypatch.context() as patch:
         patch.setattr(identity, "code_digest", lambda config: "0" * 12)
-        patch.setattr(Telemetry, "on_train_batch_start", stop_at_5)
         execute(make_run(*settings), data)
     with pytest.raises(ValueError, match="was begun by other code"):
         execute(make_run(), data)

@@ -18,7 +18,6 @@ from experiments.harness import ledger, training, weights
 from experiments.harness import run as run_module
 from experiments.harness.assembly import prepare_run
 from experiments.harness.run import execute
-from experiments.harness.telemetry import Telemetry
 from experiments.harness.trainer import Trainer
 from experiments.harness.weights import load_run
 from objectives.contracts import Batch
@@ -61,37 +60,18 @@ def test_a_row_that_did_not_reach_the_ledger_is_added_from_the_runs_folder(make_
     assert ledger.read(run.ledger).iloc[0].bits_per_byte == first["bits_per_byte"]
 
 
-class Stop(BaseException):
-    """A kill in the middle of a run."""
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize(("arch", "objective"), PAIRS[1:3])
-def test_a_run_that_was_stopped_resumes_exactly(make_run, data, monkeypatch, arch, objective):
+def test_a_run_that_was_stopped_resumes_exactly(make_run, data, first_steps, killed_at, arch, objective):
     settings = [f"arch={arch}", f"objective={objective}", "session.checkpoint_seconds=0"]
     whole = make_run(*settings, f"session.root={make_run().session.root}-whole")
     truth = execute(whole, data)
     run = make_run(*settings)
-    original = Telemetry.on_train_batch_start
-
-    def stop_at_7(self, trainer, *rest):
-        if trainer.global_step == 7:
-            raise Stop
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Telemetry, "on_train_batch_start", stop_at_7)
+    with killed_at(7):
         execute(run, data)
     assert ledger.read(run.ledger).empty
-    steps = []
-
-    def watch(self, trainer, *rest):
-        steps.append(trainer.global_step)
-        original(self, trainer, *rest)
-
-    monkeypatch.setattr(Telemetry, "on_train_batch_start", watch)
     row = execute(run, data)
-    assert steps[0] > 0, "started from the beginning"
+    assert first_steps == [0, 0, 7], "started from the beginning"
     assert row["bits_per_byte"] == truth["bits_per_byte"] and row["train_loss"] == truth["train_loss"]
     for name in ("model.safetensors", "heldout_nats.npy"):
         assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()

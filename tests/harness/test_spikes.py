@@ -63,17 +63,10 @@ def test_without_the_setting_every_step_is_taken(make_run, data, spike_at_7):
     assert row["skipped_steps"] is None and not torch.equal(spike_at_7[7], spike_at_7[8])
 
 
-def test_a_run_that_goes_on_remembers_what_it_left_out(make_run, data, spike_at_7, monkeypatch, tmp_path):
+def test_a_run_that_goes_on_remembers_what_it_left_out(make_run, data, spike_at_7, killed_at, tmp_path):
     whole = execute(make_run("+trainer.skip_spikes=20"), data)
     run = make_run("+trainer.skip_spikes=20", f"session.root={tmp_path / 'again'}", "session.checkpoint_seconds=0")
-
-    def stop_at_10(self, trainer, *rest, begin=Telemetry.on_train_batch_start):
-        if trainer.global_step == 10:
-            raise KeyboardInterrupt
-        begin(self, trainer, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Telemetry, "on_train_batch_start", stop_at_10)
+    with killed_at(10):
         execute(run, data)
     row = execute(run, data)
     assert row["skipped_steps"] == [7] and row["bits_per_byte"] == whole["bits_per_byte"]

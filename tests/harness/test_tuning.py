@@ -13,7 +13,6 @@ from experiments.harness.assembly import measure
 from experiments.harness.parts import build_model, build_objective, open_data
 from experiments.harness.run import execute
 from experiments.harness.tasks import texts_of
-from experiments.harness.telemetry import Telemetry
 from experiments.harness.training import EVALUATIONS
 from experiments.harness.weights import load_run
 from objectives.contracts import Batch
@@ -89,12 +88,8 @@ def test_rewards_are_learnt_from_and_what_it_cost_is_charged(base, make_run, set
     assert not (lora and {"embedding.weight", "norm.weight", "head.weight"} & moved)
 
 
-class Stop(BaseException):
-    """A kill in the middle of a run."""
-
-
 @pytest.mark.thorough
-def test_a_run_that_was_stopped_between_two_updates_on_one_experience_resumes_exactly(base, make_run, monkeypatch):
+def test_a_run_that_was_stopped_between_two_updates_on_one_experience_resumes_exactly(base, make_run, killed_at):
     start = trained(base())["id"]
     settings = [*TASK, *RL, "objective.build.updates=4", "session.checkpoint_seconds=0", "budget.flops=6e8"]
     whole = trained(execute(make_run(*settings, f"init_from={start}")))
@@ -102,17 +97,9 @@ def test_a_run_that_was_stopped_between_two_updates_on_one_experience_resumes_ex
     root = other.with_name("other")
     (root / "cells").mkdir(parents=True)
     (root / "cells" / start).symlink_to(other / "cells" / start)
-    original = Telemetry.on_train_batch_start
-
-    def stop_at_6(self, trainer, *rest):
-        if trainer.global_step == 6:
-            raise Stop
-        original(self, trainer, *rest)
-
     again = make_run(*settings, f"init_from={start}", f"session.root={root}")
     assert again.id == whole["id"] and whole["steps"] > 8
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Telemetry, "on_train_batch_start", stop_at_6)
+    with killed_at(6):
         execute(again)
     row = trained(execute(again))
     assert row["bits_per_byte"] == whole["bits_per_byte"] and row["tasks"] == whole["tasks"]

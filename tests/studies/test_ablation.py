@@ -142,7 +142,7 @@ def tuned(monkeypatch, best, diverging=math.inf):
     losses = lambda run: {"bits_per_byte": 2 + math.log(run.rate / best[run.name]) ** 2}  # noqa: E731
     monkeypatch.setattr(ablation, "finished", losses)
 
-    def cell(self, compose, name, rate, seed):
+    def cell(self, compose, seed, name, rate):
         return Cell({"variant": name, "learning_rate": rate}, Run(name, rate, seed))
 
     monkeypatch.setattr(Ablation, "_cell", cell)
@@ -180,6 +180,6 @@ def test_a_variant_that_names_another_has_its_overrides_and_a_share_is_of_the_bu
     ablation = replace(study(), variants=variants, shares={"three": 0.5})
     assert ablation.overrides("three") == ["arch.width=8", "seed=3", "arch.width=16"]
     whole, part = (
-        ablation._cell(lambda overrides: make_config(*overrides), name, 0.1, 0).run.config for name in ("two", "three")
+        ablation._cell(lambda overrides: make_config(*overrides), 0, name, 0.1).run.config for name in ("two", "three")
     )
     assert part.budget.flops == whole.budget.flops / 2 and part.arch.width == 2 * whole.arch.width

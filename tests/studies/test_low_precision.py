@@ -72,7 +72,7 @@ def test_intervals_cover_what_was_planted():
 
 def test_every_format_has_the_rate_and_the_seed_of_float32_and_no_autocast(make_config):
     compose = lambda overrides: make_config(*overrides)  # noqa: E731
-    full, narrow = (study()._cell(compose, "ssd", format, 0.02, 1) for format in (FULL, "mxfp8"))
+    full, narrow = (study()._cell(compose, 1, format, "ssd", 0.02) for format in (FULL, "mxfp8"))
     assert full.labels | {"format": "mxfp8"} == narrow.labels and full.labels["stage"] == "compare"
     assert narrow.run.config.low_precision.format == "mxfp8" and "low_precision" not in full.run.config
     for cell in (full, narrow):
