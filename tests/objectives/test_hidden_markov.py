@@ -106,19 +106,19 @@ def test_samples_follow_the_true_distribution_of_three_symbols(name):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("objective", "distance"),
+    ("objective", "distance", "settings"),
     [
-        ("next_token", 0.1), ("multi_token", 0.1), ("masked_diffusion", 0.4), ("block_diffusion", 0.25),
-        ("uniform_diffusion", 0.5),
+        ("next_token", 0.1, ()), ("multi_token", 0.1, ()), ("uniform_diffusion", 0.5, ()),
+        ("masked_diffusion", 0.25, ("optim.learning_rate=0.005",)),  # at the usual rate some seeds learn no context
+        ("block_diffusion", 0.25, ("objective.build.block_size=4",)),
     ],
 )  # fmt: skip
-def test_a_small_trained_model_comes_near_the_true_entropy_and_not_below(make_config, objective, distance):
+def test_a_small_trained_model_comes_near_the_true_entropy_and_not_below(make_config, objective, distance, settings):
     """K14."""
     config = make_config(
         f"objective={objective}", "data=hidden_markov", "data.sequence_length=32", "arch.width=16",
         "data.tokens.language={states:4,symbols:8,concentration:0.2,seed:3}", "data.tokens.train_tokens=262144",
-        "data.tokens.heldout_tokens=16384", "budget.flops=2.5e10", "data.allow_repeats=true",
-        *(["objective.build.block_size=4"] if objective == "block_diffusion" else []),
+        "data.tokens.heldout_tokens=16384", "budget.flops=2.5e10", "data.allow_repeats=true", *settings,
     )  # fmt: skip
     row = execute(run_of(config))
     language = instantiate(config.data.tokens.language)
