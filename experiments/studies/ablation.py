@@ -34,8 +34,10 @@ class Ablation(Study):
     variants: name -> overrides of the config, of which the name of an earlier variant stands for all of that one's.
     better, than: the variants of which the best is claimed to have a lower loss than the best of the others. margin: by
     which fraction of the loss it must be lower; below 0, by which it may be higher. shares: of the budget, for variants
-    that get a part of it. learning_rates: those that are tried, evenly apart in their log. widen: more of them at most,
-    while the best is the last. tuning_seed: with which. seeds: of the runs that count, of which equal ones are pairs.
+    that get a part of it. begins: variants that go on from the weights of another -> its name, and the fraction of its
+    learning rate that they take. learning_rates: those that are tried, evenly apart in their log. widen: more of them
+    at most, while the best is the last. tuning_seed: with which. seeds: of the runs that count, of which equal ones are
+    pairs.
     """
 
     variants: dict[str, list[str]]
@@ -43,19 +45,28 @@ class Ablation(Study):
     than: list[str]
     margin: float
     shares: dict[str, float]
+    begins: dict[str, tuple[str, float]]
     learning_rates: list[float]
     widen: int
     tuning_seed: int
     seeds: list[int]
 
     def stages(self, compose: Compose) -> Stages:
-        if unknown := [name for name in (*self.better, *self.than, *self.shares) if name not in self.variants]:
+        named = (*self.better, *self.than, *self.shares, *self.begins)
+        if unknown := [name for name in named if name not in self.variants]:
             raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.variants)}")
-        chosen = dict.fromkeys(self.variants, self.learning_rates[0])
+        chosen = {name: self.learning_rates[0] for name in self.variants if name not in self.begins}
         if len(self.learning_rates) > 1:
             cell = partial(self._cell, compose, self.tuning_seed)
-            chosen = yield from tune(self.variants, self.learning_rates, self.widen, cell)
-        yield [self._cell(compose, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
+            chosen = yield from tune(chosen, self.learning_rates, self.widen, cell)
+        done = yield [self._cell(compose, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
+        if self.begins:
+            yield [
+                self._cell(compose, cell.labels["seed"], name, fraction * cell.labels["learning_rate"], cell.run.id)
+                for name, (first, fraction) in self.begins.items()
+                for cell in done
+                if cell.labels["variant"] == first
+            ]
 
     def overrides(self, name: str) -> list[str]:
         """Return the overrides of a variant, with those of the earlier variants that it names."""
@@ -63,9 +74,9 @@ class Ablation(Study):
         found = ((self.overrides(word) if word in earlier else [word]) for word in self.variants[name])
         return [override for overrides in found for override in overrides]
 
-    def _cell(self, compose: Compose, seed: int, name: str, rate: float) -> Cell:
+    def _cell(self, compose: Compose, seed: int, name: str, rate: float, init_from: str | None = None) -> Cell:
         config = compose(self.overrides(name))
-        config.session.arm = name
+        config.session.arm, config.init_from = name, init_from
         config.budget.flops *= self.shares.get(name, 1)
         config.optim.learning_rate, config.seed = rate, seed
         labels = {"variant": name, "stage": "tune" if seed == self.tuning_seed else "compare"}

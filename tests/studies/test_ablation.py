@@ -20,7 +20,19 @@ RATES = [0.01, 0.02, 0.04]
 def study(margin=0.0, better=("new",), than=("old",)):
     names = {"old": [], "new": [], "other": []}
     return Ablation(
-        "c", "s", "r", names, list(better), list(than), margin, {}, RATES, widen=2, tuning_seed=1000, seeds=[0, 1, 2]
+        "c",
+        "s",
+        "r",
+        names,
+        list(better),
+        list(than),
+        margin,
+        {},
+        {},
+        RATES,
+        widen=2,
+        tuning_seed=1000,
+        seeds=[0, 1, 2],
     )
 
 
@@ -132,24 +144,26 @@ def test_a_trained_mixture_is_measured_and_a_dense_model_has_nothing_to_say(make
 
 
 class Run:
-    def __init__(self, name, rate, seed):
-        self.name, self.rate, self.seed = name, rate, seed
+    def __init__(self, name, rate, seed, init_from):
+        self.name, self.rate, self.seed, self.init_from = name, rate, seed, init_from
+        self.id = f"{name} {seed}"
 
 
-def tuned(monkeypatch, best, diverging=math.inf):
+def tuned(monkeypatch, best, diverging=math.inf, **settings):
     """Returns the stages of a study, as (variant, rate, seed), where ln(rate / best of the variant) squared is added to
     the loss and runs above a rate diverge."""
     losses = lambda run: {"bits_per_byte": 2 + math.log(run.rate / best[run.name]) ** 2}  # noqa: E731
     monkeypatch.setattr(ablation, "finished", losses)
 
-    def cell(self, compose, seed, name, rate):
-        return Cell({"variant": name, "learning_rate": rate}, Run(name, rate, seed))
+    def cell(self, compose, seed, name, rate, init_from=None):
+        return Cell({"variant": name, "learning_rate": rate, "seed": seed}, Run(name, rate, seed, init_from))
 
     monkeypatch.setattr(Ablation, "_cell", cell)
-    stages = study().stages(lambda overrides: None)
+    stages = replace(study(), **settings).stages(lambda overrides: None)
     cells, found = next(stages), []
     while True:
-        found.append([(cell.run.name, cell.run.rate, cell.run.seed) for cell in cells])
+        begun = lambda run: (run.init_from,) if run.init_from else ()  # noqa: E731
+        found.append([(cell.run.name, cell.run.rate, cell.run.seed, *begun(cell.run)) for cell in cells])
         try:
             cells = stages.send([cell for cell in cells if cell.run.rate < diverging])
         except StopIteration:
@@ -168,6 +182,12 @@ def test_rates_are_widened_until_the_best_is_inside_and_the_best_is_taken(monkey
 def test_a_rate_beyond_which_runs_diverge_is_the_best_and_nothing_is_tried_beyond_it(monkeypatch):
     *_, last = tuned(monkeypatch, dict.fromkeys(("old", "new", "other"), 0.05), diverging=0.03)
     assert {rate for _, rate, _ in last} == {0.02}
+
+
+def test_a_variant_that_goes_on_from_another_is_not_tuned_and_takes_a_fraction_of_its_rate(monkeypatch):
+    first, *_, last = tuned(monkeypatch, {"old": 0.02, "new": 0.02}, begins={"other": ("old", 0.5)})
+    assert {name for name, *_ in first} == {"old", "new"}
+    assert last == [("other", 0.01, seed, f"old {seed}") for seed in (0, 1, 2)]
 
 
 def test_a_variant_that_is_not_there_is_refused():
