@@ -1,7 +1,7 @@
 """Tokens that an indexer picks: the loss of attention that reads them alone, and the weight that attention to all
 tokens would give them (DeepSeek-AI, DeepSeek-V3.2-Exp, section 2.1).
 
-Shape letters: B windows, T queries and keys, H heads, K picked keys of a query.
+Shape letters: B windows, T queries and keys, D model width, H heads, K picked keys of a query.
 """
 
 from dataclasses import dataclass, replace
