@@ -16,7 +16,7 @@ from experiments.findings import Estimate, StudyOutcome, Verdict, write_json
 from experiments.harness import training
 from experiments.harness.identity import Run, run_of
 from experiments.harness.run import execute
-from experiments.studies.index import listing, write_index
+from experiments.studies.index import Room, listing, rooms, write_index
 from experiments.studies.study import Cell, Study, carry_out, makers
 
 NAMES = command.names()
@@ -193,7 +193,7 @@ def test_a_failed_run_is_a_row_and_is_not_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("high", "shown"), [(1.8, "1.5 [1.2, 1.8]"), (math.inf, "1.5 [1.2, ∞]")])
-def test_the_index_has_one_line_per_study_whether_run_or_not(tmp_path, high, shown):
+def test_the_page_has_one_row_per_study_and_explains_those_that_were_run(tmp_path, high, shown):
     (tmp_path / "recall").mkdir()
     result = {
         "claim": "c", "source": "s", "planned": "", "runs": 3, "run_seconds": 120, "devices": ["cpu"],
@@ -202,11 +202,15 @@ def test_the_index_has_one_line_per_study_whether_run_or_not(tmp_path, high, sho
     write_json(tmp_path / "recall" / "verdict.json", result)
     write_index(tmp_path, NAMES)
     page = (tmp_path / "README.md").read_text()
-    lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| study")]
-    assert len(lines) == len(NAMES)
-    assert any(f"**holds** | {shown} | It does." in line for line in lines)
-    assert sum("not run yet" in line for line in lines) == len(NAMES) - 1
+    assert page.count(f"| [c](#recall) | **holds** | {shown} | 3, 2 min |") == 1 == page.count("### recall\n")
+    assert page.count("| not run yet |") == len(NAMES) - 1 and page.count("](recall/figure.png)") == 1
     assert len(listing(tmp_path, NAMES).splitlines()) == len(NAMES)
+
+
+def test_every_study_stands_in_one_room_and_one_that_stands_in_none_comes_last():
+    known = [name for room in rooms(NAMES) for name in room.studies]
+    assert sorted(known) == NAMES, "name it in configs/claims.yaml, once"
+    assert rooms([*NAMES, "new"])[-1] == Room("Others", ["new"])
 
 
 @pytest.mark.thorough
