@@ -4,6 +4,7 @@ Shape letters: B sequences, T tokens, D model width, V token ids of the data, N 
 blocks of S tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from archs.visibility import BIDIRECTIONAL, block_causal
 from objectives.contracts import Batch, Model, Objective, Predictions, Request, Sampler, Samples
 from objectives.decoding.cached_blocks import CachedBlocks
 from objectives.decoding.unmasking import Ancestral, MaskedDenoiser, Unmasking
-from objectives.likelihood import Likelihood, bound_by, check_draws, nats_at
+from objectives.likelihood import Likelihood, bound_by, check_draws, nats_at, summed_nats
 from objectives.noise import mask_some
 
 
@@ -80,15 +81,26 @@ class BlockDiffusion(Objective):
         masked_BT, weight_BT, p_BT = masked_MS[block_BT, place_BT], weight_M[block_BT], p_M[block_BT]
         return {"masked": masked_BT.to(device), "weight": weight_BT.to(device), "fraction": p_BT.to(device)}
 
-    def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_BT: Tensor | None) -> Tensor:
-        """Logits [N, V] at masked positions, from the unmasked tokens of their block and the clean blocks before."""
+    def _hidden(self, model: Model, batch: Batch, masked_BT: Tensor, p_BT: Tensor | None) -> Tensor:
+        """Hidden vectors [B, T, D] where these tokens are masked, from the unmasked tokens of their block and the clean
+        blocks before."""
         noised_BT = batch.tokens_BT.masked_fill(masked_BT, self.mask)
         both = torch.cat([noised_BT, batch.tokens_BT], dim=1)
         time = {}
         if self.timed and p_BT is not None:
             time = {"time": torch.cat([p_BT, torch.zeros_like(p_BT)], dim=1)}
-        hidden_BTD = model.hidden(both, self.visibility.packed(batch.starts_BT), **time)[:, : masked_BT.shape[1]]
-        return model.logits(hidden_BTD[masked_BT])[:, : self.vocab_size]
+        return model.hidden(both, self.visibility.packed(batch.starts_BT), **time)[:, : masked_BT.shape[1]]
+
+    def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_BT: Tensor | None) -> Tensor:
+        """Logits [N, V] at masked positions."""
+        return model.logits(self._hidden(model, batch, masked_BT, p_BT)[masked_BT])[:, : self.vocab_size]
+
+    def _summed(
+        self, model: Model, batch: Batch, noise: Mapping[str, Tensor], weights_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `summed_nats` says of masked positions."""
+        hidden_BTD = self._hidden(model, batch, noise["masked"], noise["fraction"])
+        return summed_nats(model, hidden_BTD, batch.tokens_BT, weights_BT, noise["masked"], self.vocab_size)
 
     def masked_nats(self, model: Model, batch: Batch, masked_BT: Tensor, p_BT: Tensor | None = None) -> Tensor:
         """-log p(x_i | unmasked tokens of its block, clean blocks before) at masked positions, 0 elsewhere, [B, T].
@@ -105,6 +117,12 @@ class BlockDiffusion(Objective):
         logits_NV = self._logits(model, batch, noise["masked"], noise["fraction"])
         return Predictions(logits_NV, noise["masked"], noise["weight"])
 
+    def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
+        """As in `Objective`: a one-draw estimate of the bound."""
+        noise = self.noise_of(batch, generator)
+        total, _ = self._summed(model, batch, noise, noise["weight"] * batch.weights_BT)
+        return total / batch.all_counted.clamp_min(1)
+
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
         """As in `Objective`: the bound over the whole range of noise; with blocks of one token the likelihood
@@ -112,7 +130,7 @@ class BlockDiffusion(Objective):
 
         def draw(generator: Generator) -> Tensor:
             noise = self.noise(batch, generator)
-            nats_BT = self.masked_nats(model, batch, noise["masked"], noise["fraction"])
+            _, nats_BT = self._summed(model, batch, noise, torch.ones_like(batch.weights_BT))
             return (nats_BT.double() * noise["weight"]).sum(1)
 
         if self.block_size == 1 and not self.timed:

@@ -5,6 +5,7 @@ Shape letters: B sequences, T tokens, D model width, V token ids, N positions pi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,21 +64,31 @@ def nats_at(logits_NV: Tensor, tokens_BT: Tensor, where_BT: Tensor) -> Tensor:
 
 
 def summed_nats(
-    model: object, hidden_BTD: Tensor, tokens_BT: Tensor, weights_BT: Tensor, where_BT: Tensor
+    model: Any,
+    hidden_BTD: Tensor,
+    tokens_BT: Tensor,
+    weights_BT: Tensor,
+    where_BT: Tensor,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of nats times weights over the tokens where where_BT is true, with gradients, and these nats [B, T]
-    without, 0 elsewhere and (with a large vocabulary) where the weight is 0.
+    without, 0 elsewhere and (with a large vocabulary) where the weight is 0. vocab_size: of the head's ids only the
+    first so many can be, where it has more.
 
     With a large vocabulary no logits but those of a few tokens are in memory; on a GPU all hidden vectors are handed
     over, of which the kernel leaves out what weighs nothing, and nobody waits to know how many there are."""
+    weights_BT = weights_BT.where(where_BT, 0)  # elsewhere they may be infinite
     if not isinstance(model, LanguageModel) or len(model.head.weight) < LARGE_VOCABULARY:
-        nats_BT = nats_at(model.logits(hidden_BTD[where_BT]), tokens_BT, where_BT)  # type: ignore[attr-defined]
+        nats_BT = nats_at(model.logits(hidden_BTD[where_BT])[:, :vocab_size], tokens_BT, where_BT)
         return (nats_BT * weights_BT.to(nats_BT)).sum(), nats_BT.detach()
     everywhere = hidden_BTD.is_cuda
     hidden_ND, tokens_N, weights_N = (
-        x.flatten(0, 1) if everywhere else x[where_BT] for x in (hidden_BTD, tokens_BT, weights_BT * where_BT)
+        x.flatten(0, 1) if everywhere else x[where_BT] for x in (hidden_BTD, tokens_BT, weights_BT)
     )
     vectors_ND, head, bias = model.head_product(hidden_ND)
+    if vocab_size is not None and vocab_size < len(head):  # a part of the head would get its gradient by a copy
+        barred = torch.arange(len(head), device=head.device) >= vocab_size
+        bias = (head.new_zeros(len(head)) if bias is None else bias).masked_fill(barred, -torch.inf)
     total, nats_N = linear_cross_entropy(vectors_ND, head, tokens_N, token_weights=weights_N, bias=bias)
     if everywhere:
         return total, nats_N.view(tokens_BT.shape)

@@ -12,9 +12,9 @@ from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
 from objectives.contracts import Batch, Model, Objective, Predictions, Request, Samples
 from objectives.decoding.unmasking import Ancestral, Unmasking
-from objectives.likelihood import Likelihood, bound_by, check_draws, mean_nats, nats_at
+from objectives.likelihood import Likelihood, bound_by, check_draws, nats_at, summed_nats
 from objectives.noise import Polynomial, Schedule, check, draw_times, mask_some, uniform
-from objectives.whole_sequence import logits_at, sampling_flops
+from objectives.whole_sequence import hidden_of, logits_at, sampling_flops
 
 
 class MaskedDiffusion(Objective):
@@ -76,11 +76,14 @@ class MaskedDiffusion(Objective):
         t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
         return model.flops(T, BIDIRECTIONAL, counted * self.schedule.noised(t).mean().item())
 
-    def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor) -> Tensor:
-        """Logits [N, V] at masked positions from all other tokens; p_B: the fraction of tokens noised."""
+    def _hidden(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor) -> Tensor:
+        """Hidden vectors [B, T, D] where these tokens are masked; p_B: the fraction of tokens noised."""
         noised_BT = batch.tokens_BT.masked_fill(masked_BT, self.mask)
-        visibility = BIDIRECTIONAL.packed(batch.starts_BT)
-        return logits_at(model, noised_BT, masked_BT, visibility, p_B if self.timed else None)[:, : self.vocab_size]
+        return hidden_of(model, noised_BT, BIDIRECTIONAL.packed(batch.starts_BT), p_B if self.timed else None)
+
+    def _logits(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor) -> Tensor:
+        """Logits [N, V] at masked positions from all other tokens."""
+        return model.logits(self._hidden(model, batch, masked_BT, p_B)[masked_BT])[:, : self.vocab_size]
 
     def masked_nats(self, model: Model, batch: Batch, masked_BT: Tensor, p_B: Tensor | None = None) -> Tensor:
         """-log p(x_i | unmasked tokens) at masked positions, 0 elsewhere, [B, T]. p_B: the fraction of tokens noised,
@@ -98,32 +101,41 @@ class MaskedDiffusion(Objective):
         hit_BT = uniform(batch.tokens_BT.shape, generator) < self.schedule.noised(t_B)[:, None]
         return {"time": t_B, "masked": hit_BT.to(batch.tokens_BT.device)}
 
+    def _readings(self, batch: Batch, generator: Generator) -> tuple[Batch, Tensor, Tensor, Tensor]:
+        """What training reads: the sequences, twice over where it is complementary; the tokens that count and are
+        masked [B, T]; the fraction of noise [B]; and the weights [B, T] of the bound."""
+        noise = self.noise_of(batch, generator)
+        t_B, masked_BT = noise["time"], noise["masked"]
+        p_B, rate_B = self.schedule.noised(t_B), self.schedule.rate(t_B)
+        weight_B, where_BT = rate_B / p_B, masked_BT & batch.counted_BT
+        if self.complementary:
+            starts = None if batch.starts_BT is None else torch.cat([batch.starts_BT] * 2)
+            where_BT = torch.cat([where_BT, batch.counted_BT & ~masked_BT])
+            batch = Batch(torch.cat([batch.tokens_BT] * 2), torch.cat([batch.weights_BT] * 2), starts)
+            weight_B, p_B = torch.cat([weight_B, rate_B / (1 - p_B)]) / 2, torch.cat([p_B, 1 - p_B])
+        return batch, where_BT, p_B, weight_B.to(where_BT.device)[:, None].expand_as(where_BT)
+
     def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
         """As in `Objective`: the tokens that are masked at a time drawn."""
-        noise = self.noise_of(batch, generator)
-        t_B, masked_BT, device = noise["time"], noise["masked"], batch.tokens_BT.device
-        p_B, rate_B = self.schedule.noised(t_B), self.schedule.rate(t_B)
-        weight_B1, rest_B1 = (rate_B / p_B)[:, None].to(device), (rate_B / (1 - p_B))[:, None].to(device)
-        where_BT = masked_BT & batch.counted_BT
+        read, where_BT, p_B, weights_BT = self._readings(batch, generator)
+        logits_NV = self._logits(model, read, where_BT, p_B)
         if not self.complementary:
-            logits_NV = self._logits(model, batch, where_BT, p_B)
-            return Predictions(logits_NV, where_BT, weight_B1.expand_as(where_BT))
-        rest_BT = batch.counted_BT & ~masked_BT
-        starts = None if batch.starts_BT is None else torch.cat([batch.starts_BT] * 2)
-        both = Batch(torch.cat([batch.tokens_BT] * 2), torch.cat([batch.weights_BT] * 2), starts)
-        logits_NV = self._logits(model, both, torch.cat([where_BT, rest_BT]), torch.cat([p_B, 1 - p_B]))
+            return Predictions(logits_NV, where_BT, weights_BT)
         # Each token that counts is in one of the two readings; they are brought into the order of the batch.
-        first_N = masked_BT[batch.counted_BT]
+        first_BT, (first_weights_BT, rest_weights_BT) = where_BT.chunk(2)[0], weights_BT.chunk(2)
+        first_N = first_BT[batch.counted_BT]
         order_N = torch.cat([first_N.nonzero()[:, 0], (~first_N).nonzero()[:, 0]]).argsort()
-        weights_BT = torch.where(masked_BT, weight_B1, rest_B1) / 2
-        return Predictions(logits_NV[order_N], batch.counted_BT, weights_BT)
+        return Predictions(
+            logits_NV[order_N], batch.counted_BT, torch.where(first_BT, first_weights_BT, rest_weights_BT)
+        )
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`: a one-draw estimate of the bound, or of what `weighting` says."""
-        if self.weighting == "bound":
-            return super().loss(model, batch, generator)
-        said = self.predictions(model, batch, generator)
-        return mean_nats(nats_at(said.logits_NV, batch.tokens_BT, said.where_BT), batch.weights_BT, batch.all_counted)
+        read, where_BT, p_B, weights_BT = self._readings(batch, generator)
+        weights_BT = read.weights_BT * weights_BT if self.weighting == "bound" else read.weights_BT
+        hidden_BTD = self._hidden(model, read, where_BT, p_B)
+        total, _ = summed_nats(model, hidden_BTD, read.tokens_BT, weights_BT, where_BT, self.vocab_size)
+        return total / batch.all_counted.clamp_min(1)
 
     @torch.no_grad()
     def evaluate(self, model: Model, batch: Batch, generator: Generator) -> Likelihood:
@@ -132,7 +144,9 @@ class MaskedDiffusion(Objective):
 
         def draw(generator: Generator) -> Tensor:
             masked_BT, weight_B, p_B = mask_some(batch.counted_BT, generator)
-            nats_BT = self.masked_nats(model, batch, masked_BT.to(batch.tokens_BT.device), p_B)
+            masked_BT = masked_BT.to(batch.tokens_BT.device)
+            hidden_BTD, ones_BT = self._hidden(model, batch, masked_BT, p_B), torch.ones_like(batch.weights_BT)
+            _, nats_BT = summed_nats(model, hidden_BTD, batch.tokens_BT, ones_BT, masked_BT, self.vocab_size)
             return nats_BT.double().sum(1) * weight_B.to(nats_BT.device)
 
         return bound_by(draw, self.evaluation_draws, generator)

@@ -10,14 +10,18 @@ from archs.visibility import BIDIRECTIONAL, Visibility
 from objectives.contracts import Model, Samples
 
 
+def hidden_of(model: Model, noised_BT: Tensor, visibility: Visibility, noised_B: Tensor | None) -> Tensor:
+    """Return the hidden vectors [B, T, D]. noised_B: the fraction of noise that a timed model is told; None for a model
+    that is not timed."""
+    time = {} if noised_B is None else {"time": noised_B.to(noised_BT.device)[:, None]}
+    return model.hidden(noised_BT, visibility, **time)
+
+
 def logits_at(
     model: Model, noised_BT: Tensor, where_BT: Tensor, visibility: Visibility, noised_B: Tensor | None
 ) -> Tensor:
-    """Return the logits [N, V] at the N positions where where_BT is true. noised_B: the fraction of noise that a timed
-    model is told; None for a model that is not timed."""
-    time = {} if noised_B is None else {"time": noised_B.to(noised_BT.device)[:, None]}
-    hidden_BTD = model.hidden(noised_BT, visibility, **time)
-    return model.logits(hidden_BTD[where_BT])
+    """Return the logits [N, V] at the N positions where where_BT is true; noised_B as in `hidden_of`."""
+    return model.logits(hidden_of(model, noised_BT, visibility, noised_B)[where_BT])
 
 
 def sampling_flops(model: LanguageModel, samples: Samples) -> float:
