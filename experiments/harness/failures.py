@@ -12,8 +12,7 @@ LONGEST = 300  # characters of a reason in a row
 def keep(error: Exception, folder: Path, root: Path) -> str:
     """Write the traceback into the run's folder; return a line that says what went wrong and, from the ledger's folder
     `root` on, where the rest of it is."""
-    reason = f"{type(error).__name__}: {first_telling_line(error)}".rstrip(": ")
-    reason = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]}..."
+    reason = shortened(f"{type(error).__name__}: {first_telling_line(error)}".rstrip(": "))
     try:
         write_atomically(folder / LOG, "".join(traceback.format_exception(error)))
     except OSError:
@@ -24,6 +23,11 @@ def keep(error: Exception, folder: Path, root: Path) -> str:
 def forget(folder: Path) -> None:
     """Remove what an earlier try has left."""
     (folder / LOG).unlink(missing_ok=True)
+
+
+def shortened(reason: str) -> str:
+    """Returns a reason as a row has it."""
+    return reason if len(reason) <= LONGEST else f"{reason[:LONGEST]}..."
 
 
 def first_telling_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from experiments.data.token_data import TokenData
 from experiments.harness import processes
 from experiments.harness.assembly import Prepared, prepare_run
+from experiments.harness.failures import shortened
 from experiments.harness.identity import Run
 from experiments.harness.parts import open_data
 
@@ -91,7 +92,10 @@ def train(run: Run, data: TokenData | None, prepared: Prepared, row: dict, threa
                 return json.loads(rows[0].read_text())
             message: Any = error.get_first_failure()[1].message  # a dictionary of an exception, a text of a signal
             message = message["message"] if isinstance(message, dict) else message
-    return row | {"status": "failed", "error": f"a process of the run ended: {message.strip().splitlines()[-1][:200]}"}
+    return row | {
+        "status": "failed",
+        "error": shortened(f"a process of the run ended: {message.strip().splitlines()[-1]}"),
+    }
 
 
 @record

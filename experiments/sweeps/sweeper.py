@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.findings import jsonable, write_json
 from experiments.harness import ledger
+from experiments.harness.failures import shortened
 from experiments.harness.files import locked, write_atomically
 from experiments.harness.identity import plain, run_of
 from experiments.harness.origin import commit, older_name
@@ -41,7 +42,6 @@ from experiments.sweeps.worker import Died, Preempted
 from experiments.terminal import console
 
 TRIES = 2  # of a cell that dies, in one start of the sweep
-REASON = 300  # characters of why it did
 
 
 class Sweep:
@@ -224,7 +224,7 @@ class Sweep:
             return
         self.deaths[cell_id] += 1
         said = str(death).strip().splitlines() or [""]
-        why = (said[0] if isinstance(death, Died) else f"{type(death).__name__}: {said[0]}")[:REASON]
+        why = shortened(said[0] if isinstance(death, Died) else f"{type(death).__name__}: {said[0]}")
         if self.deaths[cell_id] < TRIES:
             self.console.print(
                 f"{name} died and is tried again, from its checkpoint if it has one ({why})", markup=False
