@@ -1,6 +1,6 @@
 """Absorbing-state (masked) diffusion over tokens: MDLM, MD4, LLaDA, and SEDD's absorbing form.
 
-Shape letters: B sequences, T tokens, V token ids of the data, N positions picked out of a batch.
+Shape letters: B sequences, T tokens, D model width, V token ids of the data, N positions picked out of a batch.
 """
 
 from dataclasses import dataclass
