@@ -16,14 +16,19 @@ Features = np.ndarray | csr_matrix
 def probe(x_NF: Features, labels_NS: np.ndarray, other_N: np.ndarray) -> dict[str, np.ndarray]:
     """Fit the labels of the examples that are not `other` by regularised least squares; return the areas [S] of what it
     says, "probe_fitted" on these examples and "probe" on the others."""
-    x_fit: Any = x_NF[~other_N]
-    y_fit = labels_NS[~other_N].astype(np.float64)
-    gram_FF = x_fit.T @ x_fit
-    gram_FF = gram_FF.toarray() if issparse(gram_FF) else gram_FF
-    np.fill_diagonal(gram_FF, gram_FF.diagonal() + PENALTY * len(y_fit))
-    said_NS = x_NF @ np.linalg.solve(gram_FF, x_fit.T @ (y_fit - y_fit.mean(0)))
+    said_NS = x_NF @ least_squares(x_NF[~other_N], labels_NS[~other_N])
     areas = {"probe_fitted": ~other_N, "probe": other_N}
     return {name: np.diag(areas_under_roc(said_NS[rows], labels_NS[rows])) for name, rows in areas.items()}
+
+
+def least_squares(x_NF: Any, labels_NS: np.ndarray) -> np.ndarray:
+    """Return the weights [F, S] of the regularised least-squares fit of labels, less their means, by features whose
+    means are 0 or that have a constant among them."""
+    y_NS = labels_NS.astype(np.float64)
+    gram_FF = x_NF.T @ x_NF
+    gram_FF = gram_FF.toarray() if issparse(gram_FF) else gram_FF
+    np.fill_diagonal(gram_FF, gram_FF.diagonal() + PENALTY * len(y_NS))
+    return np.linalg.solve(gram_FF, x_NF.T @ (y_NS - y_NS.mean(0)))
 
 
 def best_unit(x_NF: np.ndarray, labels_NS: np.ndarray, other_N: np.ndarray) -> dict[str, np.ndarray]:
