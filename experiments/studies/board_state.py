@@ -19,7 +19,7 @@ from torch import Tensor
 from archs.language_model import LanguageModel
 from experiments.data.othello import EOT, Othello
 from experiments.data.windows import heldout_windows
-from experiments.findings import Verdict
+from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
@@ -128,12 +128,13 @@ class BoardState(Study):
         means = found.groupby("architecture").mean(numeric_only=True)
         said = "; ".join(
             f"{arch}: {row.legal:.3f} of its likeliest moves are legal, squares told {row.trained:.3f} (untrained "
-            f"{row.untrained:.3f}, the moves themselves {row.moves:.3f}), errors about the edited board "
-            f"{row.unedited:.2f} without the edit, {row.edited:.2f} with it, {row.random:.2f} with a random one, none "
-            f"at all in {row.exact_unedited:.2f}, {row.exact:.2f} and {row.exact_random:.2f} of positions"
+            f"{row.untrained:.3f}, a probe of the moves themselves {row.moves:.3f}), errors about the edited board "
+            f"{row.edited:.2f} with the flip, {row.random:.2f} with a random edit and {row.unedited:.2f} with none, no "
+            f"error in {row.exact:.2f}, {row.exact_random:.2f} and {row.exact_unedited:.2f} of positions"
             for arch, row in ((arch, means.loc[arch]) for arch in self.architectures)
         )
-        sentence = f"{said}. Read from the {name}, which avoids {effect:.2f} of the errors of the best to compare with."
+        avoided = ", ".join(f"{part} {Estimate.of_mean(parts[part]):.2f}" for part in names)
+        sentence = f"{said}. Part of the errors avoided of the best to compare with: {avoided}. Read from the {name}."
         return Verdict(outcome, sentence, effect, self.rule)
 
 
