@@ -68,6 +68,7 @@ class DataSettings(Settings):
     allow_repeats: bool
     packed: bool
     scoring: ScoringSettings | None = None
+    accuracy: Count | None = None
 
 
 class BudgetSettings(Closed):

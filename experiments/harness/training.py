@@ -26,6 +26,7 @@ from archs.checkpoints.adapter import save
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.harness import checkpoints, hardware, processes
+from experiments.harness.accuracy import accuracy
 from experiments.harness.assembly import Prepared
 from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
@@ -64,20 +65,20 @@ class Evaluations(L.Callback):
 
 
 def scoring(config: DictConfig, data: TokenData, objective: Objective) -> Callable[[LanguageModel], dict] | None:
-    """Returns what scores a model on the tasks of its data; None where there are none, where it writes nothing, and
-    where data.scoring is null."""
-    length, settings = config.data.sequence_length, config.data.get("scoring")
-    if data.environment is None or not objective.samplers or settings is None:
+    """Returns what scores a model at each evaluation: on the tasks of its data, but where there are none, where it
+    writes nothing, and where data.scoring is null; and by its accuracy, where data.accuracy says on how many windows.
+    None where neither is asked for."""
+    length, settings, windows = (config.data.get(name) for name in ("sequence_length", "scoring", "accuracy"))
+    scores: list[Callable[..., dict]] = []
+    if data.environment is not None and objective.samplers and settings is not None:
+        sampler = build(settings.sampler) if settings.get("sampler") else None
+        scores.append(functools.partial(score, prompts=settings.prompts, samples=settings.samples, sampler=sampler))
+    if windows is not None:
+        scores.append(functools.partial(accuracy, packed=config.data.packed, windows=windows))
+    if not scores:
         return None
-    return functools.partial(
-        score,
-        objective=objective,
-        data=data,
-        sequence_length=length,
-        prompts=settings.prompts,
-        samples=settings.samples,
-        sampler=build(settings.sampler) if settings.get("sampler") else None,
-    )
+    asked = {"objective": objective, "data": data, "sequence_length": length}
+    return lambda model: {name: found for by in scores for name, found in by(model, **asked).items()}
 
 
 def choose_threads(run: Run, prepared: Prepared) -> int:
