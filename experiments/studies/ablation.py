@@ -16,7 +16,7 @@ from scipy.stats import t as student_t
 
 from experiments.findings import Estimate, Verdict, number
 from experiments.harness.data_module import heldout_batches
-from experiments.harness.identity import run_of
+from experiments.harness.identity import Run, run_of
 from experiments.harness.run import finished
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
@@ -139,32 +139,32 @@ class Ablation(Study):
             sentence += (
                 f" To tell so little would take {math.ceil(seeds)} seeds." if seeds <= MOST_SEEDS else TOO_LITTLE
             )
-        return Verdict(outcome, sentence + usage(table) + self._edges(table), effect, self.rule)
+        return Verdict(outcome, sentence + usage(table) + at_an_end(table), effect, self.rule)
 
-    def _edges(self, table: pd.DataFrame) -> str:
-        """Names the variants whose best learning rate is the least or the greatest of those that they were tried at."""
-        at_edge = []
-        for name, runs in table.groupby("variant", sort=False):
-            tried, chosen = runs.learning_rate, runs.learning_rate[runs.stage == "compare"]
-            if tried.nunique() > 1 and len(chosen) and chosen.iloc[0] in (tried.min(), tried.max()):
-                at_edge.append(str(name))
-        return f" Best at an end of the rates tried: {', '.join(at_edge)}." if at_edge else ""
+
+def final_loss(run: Run) -> float:
+    """The held-out bits per byte of a run, infinite where it has none."""
+    row = finished(run)
+    return math.inf if row is None or row["bits_per_byte"] is None else row["bits_per_byte"]
 
 
 def tune(
-    names: Iterable[str], learning_rates: Sequence[float], widen: int, cell: Callable[[str, float], Cell]
+    names: Iterable[str],
+    learning_rates: Sequence[float],
+    widen: int,
+    cell: Callable[[str, float], Cell],
+    loss: Callable[[Run], float] = final_loss,
 ) -> Generator[Iterable[Cell], list[Cell], dict[str, float]]:
     """Return the best learning rate of each variant, of those given and of up to `widen` more beyond the last while
-    that is the best; one that has none keeps the first. cell: of a variant, its label, and a learning rate."""
+    that is the best; one that has none keeps the first. cell: of a variant, its label, and a learning rate. loss: of a
+    run that is done, the less the better."""
     rates = sorted(learning_rates)
     step = rates[1] / rates[0]
     tried: dict[str, dict[float, float]] = {name: dict.fromkeys(rates, math.inf) for name in names}
     cells = [cell(name, rate) for name in tried for rate in rates]
     for more in range(widen + 1):
         for done in (yield cells):
-            row = finished(done.run)
-            if row and row["bits_per_byte"] is not None:
-                tried[done.labels["variant"]][done.labels["learning_rate"]] = row["bits_per_byte"]
+            tried[done.labels["variant"]][done.labels["learning_rate"]] = loss(done.run)
         cells = []
         for name, losses in tried.items():
             best = min(losses, key=lambda rate: losses[rate])
@@ -175,6 +175,16 @@ def tune(
         if not cells:
             break
     return {name: min(losses, key=lambda rate: losses[rate]) for name, losses in tried.items()}
+
+
+def at_an_end(table: pd.DataFrame) -> str:
+    """Names the variants whose best learning rate is the least or the greatest of those that they were tried at."""
+    found = []
+    for name, runs in table.groupby("variant", sort=False):
+        tried, chosen = runs.learning_rate, runs.learning_rate[runs.stage == "compare"]
+        if tried.nunique() > 1 and len(chosen) and chosen.iloc[0] in (tried.min(), tried.max()):
+            found.append(str(name))
+    return f" Best at an end of the rates tried: {', '.join(found)}." if found else ""
 
 
 def usage(table: pd.DataFrame) -> str:

@@ -14,7 +14,7 @@ from archs.positions import Rotary, Yarn
 from experiments.findings import Verdict
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.ablation import Ablation, counted
+from experiments.studies.ablation import Ablation, at_an_end, counted
 from experiments.studies.by_position import at_length, bits_by_position
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell
@@ -107,7 +107,7 @@ class LengthExtrapolation(Ablation):
             f"Held-out bits per byte in windows of {trained}, as trained, and of {longest}: {said}. Read from {name}, "
             f"whose loss changes by {100 * effect.value:+.2f} % [{100 * effect.low:+.2f}, {100 * effect.high:+.2f}]."
         )
-        return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
+        return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)
 
 
 def bits(finished: FinishedRun) -> dict[str, float]:

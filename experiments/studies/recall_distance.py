@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from experiments.findings import Verdict
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.ablation import Ablation, counted
+from experiments.studies.ablation import Ablation, at_an_end, counted
 from experiments.studies.by_position import recall_by_distance
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell
@@ -79,4 +79,4 @@ class RecallDistance(Ablation):
         sentence = (
             f"Fraction of answers {JUDGED[self.judged]} (of all recalled): {said}. Read from {name}: {effect:.3f}."
         )
-        return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
+        return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)

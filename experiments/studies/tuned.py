@@ -4,6 +4,7 @@ import json
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -66,11 +67,17 @@ class Tuned(Study, ABC):
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
         """One row per evaluation, with the FLOPs of the run until then."""
-        lines = (cell.run.folder / EVALUATIONS).read_text().splitlines()
-        last = {line["step"]: line for line in map(json.loads, lines)}
         return [
-            {"step": step, "flops_then": line["flops"]} | scores(line["tasks"]) for step, line in sorted(last.items())
+            {"step": line["step"], "flops_then": line["flops"]} | scores(line["tasks"])
+            for line in evaluations(cell.run.folder)
         ]
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """What the evaluations of the run in a folder have found, step by step."""
+    lines = (folder / EVALUATIONS).read_text().splitlines()
+    last = {line["step"]: line for line in map(json.loads, lines)}
+    return [line for _, line in sorted(last.items())]
 
 
 def scores(tasks: dict[str, dict[str, list[float]]]) -> dict[str, float]:
