@@ -101,32 +101,35 @@ class Grokking(Study):
             below.set(xscale="log", xlabel="steps")
             for axes in (above, below):
                 axes.grid(alpha=0.3)
-        panels[0, 0].set(ylabel="accuracy: held out, and trained on (dotted)", ylim=(-0.02, 1.02))
+        panels[0, 0].set(ylabel="accuracy (dotted: trained on)", ylim=(-0.02, 1.02))
         panels[1, 0].set(ylabel="bits per held-out answer", ylim=(0, None))
         canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return canvas
 
     def verdict(self, table: pd.DataFrame) -> Verdict:
         first, second = self.optimisers
+        table = table.assign(variant=table.model + " with " + table.optimiser)
         runs = counted(table).groupby(["model", "optimiser", "seed"], sort=False).last().reset_index()
-        sooner = faster(runs, first, second, self.steps)
-        if sooner is None:
+        ratios = log_ratios(runs, first, second, self.steps)
+        if not ratios:
             return Verdict("cannot tell", "No model has two seeds of which one generalised.", None, self.rule)
+        sooner = pooled(list(ratios.values())).map(math.exp)
         outcome = "holds" if sooner.high < 1 else "does not hold" if sooner.low > 1 else "cannot tell"
+        each = ", ".join(f"{model} {math.exp(values.mean()):.2f}" for model, values in ratios.items())
         said = []
         for variant, own in runs.groupby("variant", sort=False):
             means = [geometric_mean(own[name].fillna(self.steps)) for name in PARTS.values()]
             missing = own.generalised.isna().sum()
             lacking = f" ({missing} of {len(own)} not within {self.steps})" if missing else ""
             said.append(f"{variant} {means[0]:.0f} and {means[1]:.0f}{lacking}")
-        energies = [runs[f"energy_{when}"].mean() for when in ("before", "after")]
         highest = counted(table).groupby("id").bits.max().groupby(runs.set_index("id").optimiser).mean()
         bumps = " and ".join(f"{highest[name]:.1f} ({name})" for name in self.optimisers)
+        energies = [f"{runs[f'energy_{when}'].mean():.2f}" for when in ("before", "after")]
         sentence = (
-            f"To {LEVEL} of the held-out sums {first} takes {sooner:.2f} of {second}'s steps. Steps to as many of the "
-            f"sums trained on and of the others: {', '.join(said)}. Held-out answers cost up to {bumps} bits. The "
-            f"{STRONGEST} strongest frequencies have {energies[0]:.2f} of the embedding's energy at first and "
-            f"{energies[1]:.2f} at last."
+            f"To {LEVEL} of the held-out sums {first} takes {sooner:.2f} of {second}'s steps ({each}). Steps to as "
+            f"many of the sums trained on and of the others: {'; '.join(said)}. "
+            f"Held-out answers cost up to {bumps} bits on the way. The {STRONGEST} strongest frequencies have "
+            f"{energies[0]} of the embedding's energy at first and {energies[1]} at last."
         )
         return Verdict(outcome, sentence + at_an_end(table), sooner, self.rule)
 
@@ -151,26 +154,28 @@ def strongest(embedding_PD: Tensor) -> float:
     return float(power_F.sort(descending=True).values[:STRONGEST].sum() / power_F.sum())
 
 
-def faster(runs: pd.DataFrame, first: str, second: str, steps: int) -> Estimate | None:
-    """Steps to generalise by the first optimiser over those by the second: the geometric mean over models of that over
-    seeds, with the 95 % interval of the scatter of seeds about their model's, pooled (Student's t).
+def log_ratios(runs: pd.DataFrame, first: str, second: str, steps: int) -> dict[str, pd.Series]:
+    """The log of the steps to generalise by the first optimiser over those by the second, seed by seed of each model.
 
     A run that does not get there has taken all its steps. A seed of which neither does is left out, and a model with
-    fewer than two others; None where no model is left.
+    fewer than two others.
     """
     taken = runs.pivot(index=["model", "seed"], columns="optimiser", values="generalised").reindex(
         columns=[first, second]
     )
     taken = taken.dropna(how="all").fillna(steps).astype(float)
     ratios = (taken[first] / taken[second]).map(math.log)
-    groups = [group for _, group in ratios.groupby("model") if len(group) >= 2]
-    if not groups:
-        return None
+    return {str(model): own for model, own in ratios.groupby("model", sort=False) if len(own) >= 2}
+
+
+def pooled(groups: list[pd.Series]) -> Estimate:
+    """The mean of the groups' means, with the 95 % interval of the scatter about these, pooled (Student's t). At least
+    two values in each."""
     freedom = sum(len(group) - 1 for group in groups)
     variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom
     error = math.sqrt(variance * sum(1 / len(group) for group in groups)) / len(groups)
     mean, half = float(np.mean([group.mean() for group in groups])), float(student_t.ppf(0.975, freedom)) * error
-    return Estimate(mean, mean - half, mean + half).map(math.exp)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def geometric_mean(values: pd.Series) -> float:

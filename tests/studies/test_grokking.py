@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.studies.grokking import Grokking, faster, known_after, strongest
+from experiments.studies.grokking import Grokking, known_after, log_ratios, pooled, strongest
 
 STUDY = Grokking(
     "c", "s", "r", models={"a": [], "b": []}, optimisers=["muon", "adamw"], steps=1000, learning_rates=[0.01, 0.02],
@@ -47,18 +47,25 @@ def test_the_verdict_goes_by_the_ratio_of_steps_over_models_and_seeds(muon, outc
     steps = {("a", "muon"): muon[0], ("a", "adamw"): SLOW, ("b", "muon"): muon[1], ("b", "adamw"): SLOW}
     verdict = STUDY.verdict(table(steps))
     assert verdict.outcome == outcome and verdict.rule == "r"
-    assert "b, adamw 100 and 493" in verdict.sentence and "up to 6.0 (muon) and 6.0 (adamw) bits" in verdict.sentence
+    assert (
+        "b with adamw 100 and 493" in verdict.sentence and "up to 6.0 (muon) and 6.0 (adamw) bits" in verdict.sentence
+    )
     assert "0.10 of the embedding's energy at first and 0.50" in verdict.sentence
 
 
 def test_a_run_that_does_not_generalise_has_taken_all_its_steps_and_a_seed_of_which_none_does_is_left_out():
     half = {("a", "muon"): (500, 500, math.nan), ("a", "adamw"): (math.nan, 1000, math.nan)}
     runs = table(half).query("stage == 'compare'").groupby("id").last().reset_index()
-    found = faster(runs, "muon", "adamw", 1000)
-    assert found.value == pytest.approx(0.5) and found.low == pytest.approx(0.5)
+    (found,) = log_ratios(runs, "muon", "adamw", 1000).values()
+    assert found.tolist() == pytest.approx([math.log(0.5)] * 2)
     assert STUDY.verdict(table({("a", "muon"): NEVER, ("a", "adamw"): NEVER})).outcome == "cannot tell"
     alone = STUDY.verdict(table({("a", "muon"): (500, *NEVER[1:]), ("a", "adamw"): NEVER}))
     assert alone.outcome == "cannot tell" and alone.effect is None
+
+
+def test_the_scatter_is_that_of_seeds_about_their_model():
+    found = pooled([pd.Series([-1.0, 0.0, 1.0]), pd.Series([9.0, 10.0, 11.0])])
+    assert [found.high - 5.0, 5.0 - found.low] == pytest.approx([2.776 / math.sqrt(6)] * 2, rel=1e-3)
 
 
 def test_a_part_is_known_after_the_first_evaluation_with_99_of_100_answers_right():
