@@ -5,6 +5,7 @@ Shape letters: P numbers, D model width, F frequencies.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,11 @@ from experiments.data.modular_addition import EQUATION
 from experiments.findings import Estimate, Verdict
 from experiments.harness.assembly import measure
 from experiments.harness.identity import Run, run_of
-from experiments.harness.parts import build_model, open_data
+from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
 from experiments.studies.ablation import at_an_end, counted, tune
+from experiments.studies.hidden_states import untrained
 from experiments.studies.study import Cell, Compose, Stages, Study
 from experiments.studies.tuned import evaluations
 
@@ -47,17 +49,15 @@ class Grokking(Study):
     seeds: list[int]
 
     def stages(self, compose: Compose) -> Stages:
-        variants = {
-            f"{model}, {optimiser}": (model, optimiser) for model in self.models for optimiser in self.optimisers
-        }
-        cell = lambda name, rate, seed: self._cell(compose, *variants[name], rate, seed)  # noqa: E731
-        tuning = lambda name, rate: cell(name, rate, self.tuning_seed)  # noqa: E731
-        chosen = yield from tune(variants, self.learning_rates, self.widen, tuning, slowness)
-        yield [cell(name, rate, seed) for name, rate in chosen.items() for seed in self.seeds]
+        variants = [f"{model}, {optimiser}" for model in self.models for optimiser in self.optimisers]
+        cell = partial(self._cell, compose, self.tuning_seed)
+        chosen = yield from tune(variants, self.learning_rates, self.widen, cell, slowness)
+        yield [self._cell(compose, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
 
-    def _cell(self, compose: Compose, model: str, optimiser: str, rate: float, seed: int) -> Cell:
+    def _cell(self, compose: Compose, seed: int, variant: str, rate: float) -> Cell:
+        model, optimiser = variant.split(", ")
         config = compose([*self.models[model], f"optim={optimiser}", f"optim.learning_rate={rate}", f"seed={seed}"])
-        config.session.arm = variant = f"{model}, {optimiser}"
+        config.session.arm = variant
         config.data.tokens.seed = seed
         found = measure(config, open_data(config))
         sequences = self.steps * (config.budget.batch_tokens // EQUATION)
@@ -73,9 +73,7 @@ class Grokking(Study):
         frequencies have before the run and after it."""
         lines = evaluations(cell.run.folder)
         found = {name: known_after(lines, part) for part, name in PARTS.items()}
-        torch.manual_seed(finished.config.seed)
-        untrained = build_model(finished.config, finished.objective)
-        for when, model in (("before", untrained), ("after", finished.model)):
+        for when, model in (("before", untrained(finished)), ("after", finished.model)):
             found[f"energy_{when}"] = strongest(model.embedding.weight[: finished.data.eot].detach())
         rows = [
             {"step": line["step"], "flops_then": line["flops"], "bits": line["bits_per_byte"]}

@@ -11,7 +11,7 @@ from experiments.studies.length_extrapolation import LengthExtrapolation
 
 STUDY = LengthExtrapolation(
     "c", "s", "r", {"rotary": [], "alibi": [], "other": []}, better=["alibi"], than=["rotary"], margin=0.01, shares={},
-    learning_rates=[0.01], widen=0, tuning_seed=1000, seeds=[0, 1, 2], lengths=[8, 16], stretched=["rotary"],
+    begins={}, learning_rates=[0.01], widen=0, tuning_seed=1000, seeds=[0, 1, 2], lengths=[8, 16], stretched=["rotary"],
 )  # fmt: skip
 
 

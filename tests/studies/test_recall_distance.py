@@ -12,7 +12,7 @@ from experiments.studies.study import Cell
 
 WORST = RecallDistance(
     "c", "s", "r", {"full": [], "delta": [], "linear": []}, better=["full"], than=["delta", "linear"], margin=0.95,
-    shares={}, learning_rates=[0.01], widen=0, tuning_seed=1000, seeds=[0, 1, 2], judged="worst",
+    shares={}, begins={}, learning_rates=[0.01], widen=0, tuning_seed=1000, seeds=[0, 1, 2], judged="worst",
 )  # fmt: skip
 SLOPE = replace(WORST, better=["delta"], than=["linear"], margin=0.0, judged="slope")
 
