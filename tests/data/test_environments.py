@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from experiments.data.environments.arithmetic import Addition, Multiplication
 from experiments.data.environments.chance import Chance
 from experiments.data.environments.countdown import Countdown, value
+from experiments.data.environments.gaps import Gaps
 from experiments.data.environments.maze import Maze
 from experiments.data.environments.mixture import Mixture
+from experiments.data.environments.modular_arithmetic import ModularArithmetic
 from experiments.data.environments.sorting import Sorting
 from experiments.data.environments.state_tracking import Permutations
 from experiments.data.environments.sudoku import Sudoku, grids
@@ -33,7 +35,9 @@ EASY_TO_HARD = {
     "multiplication": st.builds(Multiplication, small, st.sampled_from([0, 40])),
     "sorting": st.builds(Sorting, st.integers(2, 7), small),
     "uncounted_sorting": st.builds(UncountedSorting, st.integers(2, 7), small),
-    "permutations": st.builds(Permutations, st.integers(2, 6), st.integers(1, 9)),
+    "permutations": st.builds(Permutations, st.integers(2, 6), st.integers(1, 9), st.booleans()),
+    "modular_arithmetic": st.builds(ModularArithmetic, st.sampled_from([2, 3, 5, 7]), st.integers(1, 9)),
+    "gaps": st.builds(Gaps, st.integers(4, 26), small, small, small, st.integers(0, 9)),
     "maze": st.builds(Maze, st.integers(3, 5), st.floats(0, 0.5), st.integers(1, 4)),
     "sudoku": st.builds(Sudoku, st.integers(1, 16)),
 }
@@ -101,6 +105,9 @@ def test_the_environment_of_every_config_is_held_to_the_contract_above(name):
         (UncountedSorting(3, 2), "31 7 25:", ["7 25 31", "7", "7 7 7", "7 31"], ["31 7", "8", "7  25 31"]),
         (Permutations(3, 3), "bac cab abc:", ["cba"], ["abc", "cb"]),
         (Permutations(2, 4), "ba ab ba ba:", ["ba"], ["ab"]),
+        (Permutations(3, 3, states=True), "bac cab abc:", ["bac cba cba"], ["cba", "bac cba cb", "bac cab cba"]),
+        (ModularArithmetic(7, 3), "3+5*2-6:", ["123"], ["124", "3", "12"]),
+        (ModularArithmetic(2, 2), "1-1-1:", ["01"], ["00", "11"]),
         (Maze(3, moves=1), "S.#/#../#.G:", ["RDDR", "RDRD", "RLRDDR"], ["DRDR", "RDD", "RDDRR", "RLRLRDDRLR", "rddr"]),
         (Maze(2, moves=1), "GS/..:", ["L", "DLU"], ["DL", "DLUDU", "LL"]),
         (Sudoku(3), "12343.12214.4.21:", ["433"], ["343", "43", "4331"]),

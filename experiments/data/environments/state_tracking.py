@@ -17,28 +17,32 @@ class Permutations(Environment):
     Args:
         items: how many things are moved, from 2 to 26.
         length: how many permutations.
+        states: whether the arrangement after every word is asked for, `bac cba cba`, and not the last alone.
     """
 
-    def __init__(self, items: int = 3, length: int = 6):
+    def __init__(self, items: int = 3, length: int = 6, states: bool = False):
         if not 2 <= items <= len(LETTERS) or length < 1:
             raise ValueError(f"items={items} must be from 2 to {len(LETTERS)}, and length={length} at least 1")
-        self.letters, self.length = LETTERS[:items], length
-        self.name = f"permutations-{items}x{length}"
+        self.letters, self.length, self.states = LETTERS[:items], length, states
+        self.name = f"permutations-{items}x{length}" + ("-states" if states else "")
         self.alphabet = b" :" + self.letters
-        self.longest = length * (items + 1), items
+        self.longest = length * (items + 1), length * (items + 1) - 1 if states else items
 
     def problem(self, random: np.random.Generator) -> Problem:
-        prompt = b" ".join(self.attempt(b"", random) for _ in range(self.length)) + b":"
-        return Problem(prompt, self._end(prompt))
+        prompt = self._words(self.length, random) + b":"
+        return Problem(prompt, self._answer(prompt))
 
     def attempt(self, prompt: bytes, random: np.random.Generator) -> bytes:
-        return bytes(random.permutation(list(self.letters)).tolist())
+        return self._words(self.length if self.states else 1, random)
 
     def check(self, prompt: bytes, answer: bytes) -> float:
-        return float(answer == self._end(prompt))
+        return float(answer == self._answer(prompt))
 
-    def _end(self, prompt: bytes) -> bytes:
-        state = self.letters
+    def _words(self, number: int, random: np.random.Generator) -> bytes:
+        return b" ".join(bytes(random.permutation(list(self.letters)).tolist()) for _ in range(number))
+
+    def _answer(self, prompt: bytes) -> bytes:
+        states = [self.letters]
         for word in prompt.rstrip(b":").split():
-            state = bytes(state[letter - ord("a")] for letter in word)
-        return state
+            states.append(bytes(states[-1][letter - ord("a")] for letter in word))
+        return b" ".join(states[1:]) if self.states else states[-1]
