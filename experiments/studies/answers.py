@@ -7,12 +7,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from experiments.findings import Verdict
+from experiments.findings import Estimate, Verdict
 from experiments.harness.tasks import heldout_problems, texts_of
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.ablation import Ablation, counted
-from experiments.studies.repeated_data import mean_of
+from experiments.studies.ablation import Ablation, at_an_end, counted
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell
 from objectives.contracts import Request, Sampler
@@ -83,13 +82,13 @@ class Answers(Ablation):
             name: f"{value:.3f}" + (f" ({in_one[name]:.3f} in one pass)" if name in in_one else "")
             for name, value in right.mean().items()
         }
-        differences = {name: mean_of(values.dropna()) for name, values in pairs.items()}
+        differences = {name: Estimate.of_mean(values.dropna()) for name, values in pairs.items()}
         said = (
             f"{name}: {_rest(a, b)} {means[a]}, {_rest(b, a)} {means[b]}, difference {differences[name]:.3f}"
             for name, a, b in zip(pairs, self.better, self.than, strict=True)
         )
         sentence = f"Answers right, the claimed winner first. {'; '.join(said)}. Read from {task}."
-        return Verdict(outcome, sentence + self._edges(table), effect, self.rule)
+        return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)
 
 
 def answered(finished: FinishedRun, sampler: Sampler | None) -> dict[str, float]:

@@ -18,7 +18,7 @@ from objectives.contracts import Samples
 NAMES = ["chain_next_token", "chain_diffusion", "middle_next_token", "middle_diffusion"]
 STUDY = Answers(
     "c", "s", "r", dict.fromkeys(NAMES, []), better=[NAMES[0], NAMES[3]], than=[NAMES[1], NAMES[2]], margin=0.0,
-    shares={}, learning_rates=[0.01], widen=0, tuning_seed=1000, seeds=[0, 1, 2], passes=[1],
+    shares={}, begins={}, learning_rates=[0.01], widen=0, tuning_seed=1000, seeds=[0, 1, 2], passes=[1],
 )  # fmt: skip
 SCATTER = {"next_token": [-0.01, 0.0, 0.01], "diffusion": [0.01, 0.0, -0.01]}  # by seed
 
