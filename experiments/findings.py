@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from experiments.harness.files import write_atomically
 
@@ -63,7 +63,7 @@ class Estimate:
     def of_mean(cls, values: ArrayLike) -> "Estimate":
         """Returns the mean of at least two values with its 95 % interval (Student's t)."""
         values = np.asarray(values, float)
-        reach = float(student_t.ppf(QUANTILES[1], values.size - 1) * values.std(ddof=1) / values.size**0.5)
+        reach = float(stdtrit(values.size - 1, QUANTILES[1]) * values.std(ddof=1) / values.size**0.5)
         return cls(float(values.mean()), float(values.mean()) - reach, float(values.mean()) + reach)
 
     def map(self, increasing: Callable[[float], float]) -> "Estimate":

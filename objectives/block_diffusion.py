@@ -98,7 +98,7 @@ class BlockDiffusion(Objective):
     def _summed(
         self, model: Model, batch: Batch, noise: Mapping[str, Tensor], weights_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `summed_nats` says of masked positions."""
+        """Return what `summed_nats` gives of masked positions."""
         hidden_BTD = self._hidden(model, batch, noise["masked"], noise["fraction"])
         return summed_nats(model, hidden_BTD, batch.tokens_BT, weights_BT, noise["masked"], self.vocab_size)
 

@@ -102,8 +102,8 @@ class MaskedDiffusion(Objective):
         return {"time": t_B, "masked": hit_BT.to(batch.tokens_BT.device)}
 
     def _readings(self, batch: Batch, generator: Generator) -> tuple[Batch, Tensor, Tensor, Tensor]:
-        """What training reads: the sequences, twice over where it is complementary; the tokens that count and are
-        masked [B, T]; the fraction of noise [B]; and the weights [B, T] of the bound."""
+        """Return what training reads: the sequences, twice over where it is complementary; the tokens that count and
+        are masked [B, T]; the fraction of noise [B]; and the weights [B, T] of the bound."""
         noise = self.noise_of(batch, generator)
         t_B, masked_BT = noise["time"], noise["masked"]
         p_B, rate_B = self.schedule.noised(t_B), self.schedule.rate(t_B)

@@ -63,7 +63,7 @@ def first_steps(monkeypatch):
 
 
 class Kill(BaseException):
-    """What no part of a run catches."""
+    """Raised to end a run at once: no part of it catches this."""
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from experiments.data.shuffled import Shuffled
-from experiments.data.token_data import Stream, TokenData
+from experiments.data.token_data import Stream, TokenData, read_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +33,14 @@ class Interleaved:
         return sum(self.taken) * self.length
 
     def __getitem__(self, index: slice, /) -> np.ndarray:
-        start, stop, _ = index.indices(len(self))
-        first, T = start // self.length, self.length
-        windows = [np.asarray(self.streams[0][:0])]
-        for i in range(first, -(-max(stop, start) // T)):
-            part, number = 0, self.order[i]
-            while number >= self.taken[part]:
-                part, number = part + 1, number - self.taken[part]
-            offset = self.orders[part][number] * T
-            windows.append(self.streams[part][offset : offset + T])
-        return np.concatenate(windows)[start - first * T : max(stop, start) - first * T]
+        return read_blocks(self._window, self.length, len(self), index)
+
+    def _window(self, i: int) -> np.ndarray:
+        part, number = 0, self.order[i]
+        while number >= self.taken[part]:
+            part, number = part + 1, number - self.taken[part]
+        offset = self.orders[part][number] * self.length
+        return self.streams[part][offset : offset + self.length]
 
 
 def mixture(parts: list[TokenData], weights: list[float], sequence_length: int, seed: int) -> TokenData:

@@ -63,7 +63,7 @@ class Othello:
         return found & ~(mine | theirs)
 
     def allowed(self, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        """Which tokens may come next, bool [..., V]: squares, else a pass, else the end."""
+        """Return which tokens may come next, bool [..., V]: squares, else a pass, else the end."""
         squares = self.bits(self.playable(mine, theirs))
         stuck = ~squares.any(-1, keepdims=True)
         over = stuck & (self.playable(theirs, mine) == 0)[..., None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.data.token_data import Corpus, Stream, TokenData, Tokenizer, prepare
+from experiments.data.token_data import Corpus, Stream, TokenData, Tokenizer, prepare, read_blocks
 
 Disorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -29,11 +29,7 @@ class Spoiled:
         return len(self.stream)
 
     def __getitem__(self, index: slice, /) -> np.ndarray:
-        start, stop, _ = index.indices(len(self))
-        first = start // self.length
-        blocks = [np.asarray(self.stream[:0])]
-        blocks += [self._block(i) for i in range(first, -(-max(stop, start) // self.length))]
-        return np.concatenate(blocks)[start - first * self.length : max(stop, start) - first * self.length]
+        return read_blocks(self._block, self.length, len(self), index)
 
     def _block(self, i: int) -> np.ndarray:
         tokens = np.asarray(self.stream[i * self.length : (i + 1) * self.length])

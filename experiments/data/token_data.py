@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -60,6 +60,17 @@ class Stream(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: slice, /) -> np.ndarray: ...
+
+
+def read_blocks(block: Callable[[int], np.ndarray], length: int, total: int, index: slice) -> np.ndarray:
+    """Return a slice of a stream of `total` tokens that is made of blocks, all of one length but the last, which may be
+    shorter. block: the tokens of the i-th."""
+    start, stop, _ = index.indices(total)
+    if stop <= start:
+        return block(0)[:0]
+    first = start // length
+    read = np.concatenate([block(i) for i in range(first, -(-stop // length))])
+    return read[start - first * length : stop - first * length]
 
 
 @dataclass(frozen=True, eq=False)

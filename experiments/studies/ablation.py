@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from experiments.findings import Estimate, Verdict, number
 from experiments.harness.data_module import heldout_batches
@@ -217,4 +217,4 @@ def additive(losses: pd.DataFrame) -> tuple[pd.Series, float, float]:
     if freedom < 1:
         return means, math.nan, math.nan
     error = math.sqrt(float((residual**2).sum()) / freedom)
-    return means, error, float(student_t.ppf(0.975, freedom))
+    return means, error, float(stdtrit(freedom, 0.975))

@@ -14,7 +14,7 @@ from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.ablation import Ablation, at_an_end, counted
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell
-from objectives.contracts import Request, Sampler
+from objectives.contracts import Batch, Request, Sampler
 from objectives.decoding.draws import Draw
 from objectives.decoding.unmasking import Ordered, Unmasking
 from objectives.post_training.tuning import evaluating, prompts_of
@@ -44,7 +44,7 @@ class Answers(Ablation):
             fewer = [passes for passes in self.passes if passes < answer]
             samplers = [Ordered("confidence", passes) for passes in (*fewer, answer)]
         named = {"objective": finished.config.objective.name}
-        return [named | answered(finished, sampler) for sampler in samplers]
+        return [named | answered(finished, problems, sampler) for sampler in samplers]
 
     def figure(self, table: pd.DataFrame) -> Figure:
         """The fraction of answers that are right against the passes that they took, a panel per pair."""
@@ -91,12 +91,12 @@ class Answers(Ablation):
         return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)
 
 
-def answered(finished: FinishedRun, sampler: Sampler | None) -> dict[str, float]:
-    """Return the fraction of held-out problems that a model answers right by a sampler, taking the likeliest tokens,
+def answered(finished: FinishedRun, problems: Batch, sampler: Sampler | None) -> dict[str, float]:
+    """Return the fraction of problems of its data that a model answers right by a sampler, taking the likeliest tokens,
     and the passes of the network that an answer took."""
     data, length = finished.data, finished.config.data.sequence_length
     assert data.environment is not None
-    prompts, chance = prompts_of(heldout_problems(data, length)), torch.Generator().manual_seed(0)
+    prompts, chance = prompts_of(problems), torch.Generator().manual_seed(0)
     with evaluating(finished.model):
         request = Request(prompts, length, chance, draw=Draw(temperature=0.0), stop=(data.eot,))
         written = finished.objective.sample(finished.model, request, sampler)

@@ -106,11 +106,8 @@ def edited_logits(
             x_NTD[at] += edit.to(x_NTD)
             return x_NTD, out[1]
 
-        handle = model.blocks[layer - 1].register_forward_hook(add)
-        try:
+        with model.blocks[layer - 1].register_forward_hook(add):
             logits.append(model(tokens.to(device))[at].float().cpu())
-        finally:
-            handle.remove()
     return torch.cat(logits).numpy()
 
 

@@ -20,14 +20,13 @@ from archs.language_model import LanguageModel
 from experiments.data.othello import EOT, Othello
 from experiments.data.windows import heldout_windows
 from experiments.findings import Estimate, Verdict
-from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.board_edits import ERRORS, draw_flips, edits
 from experiments.studies.hidden_states import hidden_states, untrained
 from experiments.studies.probes import Features, least_squares, one_hot
 from experiments.studies.sides import on_their_sides
-from experiments.studies.study import Cell, Compose, Study
+from experiments.studies.study import Cell, Compose, Study, over_seeds
 
 AT_ONCE = 256  # games
 TRAINED, UNTRAINED, MOVES = "trained", "untrained", "moves"  # what is probed
@@ -49,11 +48,7 @@ class BoardState(Study):
     strengths: list[float]
 
     def cells(self, compose: Compose) -> Iterator[Cell]:
-        for name, overrides in self.architectures.items():
-            for seed in self.seeds:
-                config = compose([*overrides, f"seed={seed}"])
-                config.session.arm = name
-                yield Cell({"architecture": name, "seed": seed}, run_of(config))
+        return over_seeds(compose, self.architectures, self.seeds)
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
         """One row per model and layer, and one of the moves: the fraction of squares that the probe tells, of all and
@@ -68,7 +63,8 @@ class BoardState(Study):
         boards_NS3 = squares(rules, mine_GT[looked_GT], theirs_GT[looked_GT])
         other_N = np.nonzero(looked_GT)[0] % 2 == 1
         flips, random, rows = draw_flips(rules, mine_GT, theirs_GT), np.random.default_rng(finished.config.seed), []
-        for name, model in ((TRAINED, finished.model.eval()), (UNTRAINED, untrained(finished))):
+        fraction_legal = legal(finished.model.eval(), inputs_GT, allowed_GTV, looked_GT)
+        for name, model in ((TRAINED, finished.model), (UNTRAINED, untrained(finished))):
             for layer, x_GTD in streams(model, inputs_GT).items():
                 x_ND = x_GTD[looked_GT].astype(np.float64)
                 x_ND = x_ND - x_ND[~other_N].mean(0)
@@ -79,7 +75,7 @@ class BoardState(Study):
                     moves_ND = flips.directions(weights_DS3, said_GTS3)
                     found |= edits(model, inputs_GT, flips, layer, moves_ND, self.strengths, random)
                 if name == TRAINED:
-                    found["legal"] = legal(model, inputs_GT, allowed_GTV, looked_GT)
+                    found["legal"] = fraction_legal
                 rows.append({"model": name, "layer": layer} | found)
         _, _, found = read_boards(text(inputs_GT.numpy(), looked_GT, rules.vocab_size), boards_NS3, other_N)
         return [*rows, {"model": MOVES, "layer": 0} | found]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 from experiments.data.modular_addition import EQUATION
@@ -172,7 +172,7 @@ def pooled(groups: list[pd.Series]) -> Estimate:
     freedom = sum(len(group) - 1 for group in groups)
     variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom
     error = math.sqrt(variance * sum(1 / len(group) for group in groups)) / len(groups)
-    mean, half = float(np.mean([group.mean() for group in groups])), float(student_t.ppf(0.975, freedom)) * error
+    mean, half = float(np.mean([group.mean() for group in groups])), float(stdtrit(freedom, 0.975)) * error
     return Estimate(mean, mean - half, mean + half)
 
 

@@ -3,6 +3,8 @@
 Shape letters: B sequences, T tokens, N all of them, D model width, U units, K experts per token.
 """
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
@@ -25,19 +27,16 @@ def hidden_states(model: LanguageModel, tokens_BT: Tensor) -> dict[tuple[str, in
     def note(place: tuple[str, int], x: Tensor) -> None:
         found.setdefault(place, []).append(x)
 
-    handles = []
-    for number, block in enumerate(model.blocks, 1):
-        stream, units = ("stream", number), ("units", number)
-        handles.append(block.register_forward_hook(lambda *call, to=stream: note(to, call[2][0])))
-        for part in (block.mixer, block.channel):
-            for layer in part.residual_projections() if part is not None else ():
-                if isinstance(layer, nn.Linear):
-                    handles.append(layer.register_forward_pre_hook(lambda *call, to=units: note(to, call[1][0])))
-    try:
+    with ExitStack() as hooks:
+        for number, block in enumerate(model.blocks, 1):
+            stream, units = ("stream", number), ("units", number)
+            hooks.enter_context(block.register_forward_hook(lambda *call, to=stream: note(to, call[2][0])))
+            for part in (block.mixer, block.channel):
+                for layer in part.residual_projections() if part is not None else ():
+                    if isinstance(layer, nn.Linear):
+                        hook = layer.register_forward_pre_hook(lambda *call, to=units: note(to, call[1][0]))
+                        hooks.enter_context(hook)
         model.hidden(tokens_BT)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {place: torch.cat(vectors, dim=-1) for place, vectors in found.items()}
 
 
@@ -56,15 +55,10 @@ def chosen_experts(model: LanguageModel, tokens_BT: Tensor) -> dict[int, Tensor]
         for module in block.modules()
         if isinstance(module, Router)
     }
-    handles = [
-        router.register_forward_hook(lambda *call, to=number: note(to, call[2][1]))
-        for number, router in routers.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, router in routers.items():
+            hooks.enter_context(router.register_forward_hook(lambda *call, to=number: note(to, call[2][1])))
         model.hidden(tokens_BT)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

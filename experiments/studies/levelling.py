@@ -36,15 +36,29 @@ class Levelling(Study):
 
     def stages(self, compose: Compose) -> Stages:
         places = {f"{size} {tokens:g}": (size, tokens) for size, tokens in product(self.sizes, self.tokens)}
-        cell = partial(self._cell, compose, places, self.tuning_seed)
+        costs: dict[str, float] = {}
+        for size, overrides in self.sizes.items():
+            config = compose(overrides)
+            costs[size] = measure(config, open_data(config)).costs.flops_per_token
+        cell = partial(self._cell, compose, places, costs, self.tuning_seed)
         chosen = yield from tune(places, self.learning_rates, self.widen, cell)
-        yield [self._cell(compose, places, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
+        yield [
+            self._cell(compose, places, costs, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds
+        ]
 
-    def _cell(self, compose: Compose, places: dict[str, tuple[str, float]], seed: int, name: str, rate: float) -> Cell:
+    def _cell(
+        self,
+        compose: Compose,
+        places: dict[str, tuple[str, float]],
+        costs: dict[str, float],
+        seed: int,
+        name: str,
+        rate: float,
+    ) -> Cell:
         size, tokens = places[name]
         config = compose(self.sizes[size])
         config.session.arm, config.seed, config.optim.learning_rate = size, seed, rate
-        config.budget.flops = measure(config, open_data(config)).costs.flops_per_token * tokens
+        config.budget.flops = costs[size] * tokens
         labels = {"variant": name, "size": size, "asked": tokens}
         labels["stage"] = "tune" if seed == self.tuning_seed else "compare"
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
@@ -126,7 +126,7 @@ def costs(lost_SM: pd.DataFrame) -> dict[str, Estimate]:
         return {}
     means, freedom = lost_SM.mean(), M * (S - 1)
     error = math.sqrt(float(((lost_SM - means) ** 2).to_numpy().sum()) / freedom)
-    half = float(student_t.ppf(0.975, freedom)) * error / math.sqrt(S)
+    half = float(stdtrit(freedom, 0.975)) * error / math.sqrt(S)
     return {str(name): Estimate(mean, mean - half, mean + half) for name, mean in means.items()}
 
 

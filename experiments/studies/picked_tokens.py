@@ -4,6 +4,7 @@ tokens would give them (DeepSeek-AI, DeepSeek-V3.2-Exp, section 2.1).
 Shape letters: B windows, T queries and keys, D model width, H heads, K picked keys of a query.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +34,7 @@ class PickedTokens(Ablation):
     indexer."""
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
-        """What `shares` says of each layer with an indexer, in the mean over them; nothing of the runs that tune."""
+        """Return what `shares` gives, in the mean over layers with an indexer; nothing of the runs that tune."""
         if cell.labels["stage"] == "tune":
             return [{}]
         tokens_BT, _ = heldout_windows(finished.data.heldout, finished.config.data.sequence_length)
@@ -44,13 +45,10 @@ class PickedTokens(Ablation):
         def look(mixer: SparseAttention, inputs: tuple) -> None:
             found.append(shares(mixer, *inputs[:2]))
 
-        handles = [mixer.register_forward_pre_hook(look) for mixer in mixers]
-        try:
-            with torch.no_grad():
-                finished.model.eval().hidden(inputs_BT.to(next(finished.model.parameters()).device))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for mixer in mixers:
+                hooks.enter_context(mixer.register_forward_pre_hook(look))
+            finished.model.eval().hidden(inputs_BT.to(next(finished.model.parameters()).device))
         return [{name: float(np.mean([layer[name] for layer in found])) for name in SHARES} if found else {}]
 
     def verdict(self, table: pd.DataFrame) -> Verdict:

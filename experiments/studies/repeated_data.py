@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from experiments.findings import Estimate, Verdict
 from experiments.harness.assembly import measure
@@ -102,5 +102,5 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Of every objective and number of epochs the mean over seeds, and half of its 95 % interval (Student's t)."""
     done = table[table.status == "done"]
     groups = done.groupby(["objective", "epochs"], sort=False).bits_per_byte.agg(["mean", "std", "count"]).reset_index()
-    reach = student_t.ppf(0.975, np.maximum(groups["count"] - 1, 1)) * groups["std"] / np.sqrt(groups["count"])
+    reach = stdtrit(np.maximum(groups["count"] - 1, 1), 0.975) * groups["std"] / np.sqrt(groups["count"])
     return groups.assign(reach=reach)

@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from rich.progress import track
 
 from experiments.data.token_data import TokenData
 from experiments.findings import Verdict, jsonable, write_json
-from experiments.harness.identity import Run, plain, run_id
+from experiments.harness.identity import Run, plain, run_id, run_of
 from experiments.harness.origin import code_digest, targets
 from experiments.harness.parts import open_data
 from experiments.harness.run import execute
@@ -93,6 +93,15 @@ class Study(ABC):
     @abstractmethod
     def verdict(self, table: pd.DataFrame) -> Verdict:
         """The rule applied to the table."""
+
+
+def over_seeds(compose: Compose, architectures: dict[str, list[str]], seeds: Iterable[int]) -> Iterator[Cell]:
+    """Yield a cell for each architecture, by its name and overrides, and seed."""
+    for name, overrides in architectures.items():
+        for seed in seeds:
+            config = compose([*overrides, f"seed={seed}"])
+            config.session.arm = name
+            yield Cell({"architecture": name, "seed": seed}, run_of(config))
 
 
 def carry_out(study: Study, stages: Stages, settings: DictConfig, root: Path, out: Path, jobs: int) -> Verdict:

@@ -19,13 +19,12 @@ from torch import Tensor
 from archs.language_model import LanguageModel
 from experiments.data.windows import heldout_windows
 from experiments.findings import Estimate, Verdict
-from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.hidden_states import hidden_states, untrained
 from experiments.studies.probes import best_unit, one_hot, probe, standardised
 from experiments.studies.python_source import Region, read_documents
-from experiments.studies.study import Cell, Compose, Study
+from experiments.studies.study import Cell, Compose, Study, over_seeds
 
 STATES = ("string", "comment", "bracket", "indented")
 INDENTED = 8  # columns from which on a line counts as indented: mostly that of a method
@@ -57,11 +56,7 @@ class TextState(Study):
                 f"state={self.state} must be one of {', '.join(STATES)}, and skip={self.skip} at least last - 1, "
                 f"with last={self.last}"
             )
-        for name, overrides in self.architectures.items():
-            for seed in self.seeds:
-                config = compose([*overrides, f"seed={seed}"])
-                config.session.arm = name
-                yield Cell({"architecture": name, "seed": seed}, run_of(config))
+        return over_seeds(compose, self.architectures, self.seeds)
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
         """One row per state of the text, model and place in it: what `probe` and `best_unit` find there."""

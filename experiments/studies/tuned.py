@@ -74,7 +74,7 @@ class Tuned(Study, ABC):
 
 
 def evaluations(folder: Path) -> list[dict]:
-    """What the evaluations of the run in a folder have found, step by step."""
+    """Return what the evaluations of the run in a folder have found, step by step."""
     lines = (folder / EVALUATIONS).read_text().splitlines()
     last = {line["step"]: line for line in map(json.loads, lines)}
     return [line for _, line in sorted(last.items())]

@@ -80,7 +80,7 @@ class Knowing:
 
 def test_the_fraction_right_is_of_whole_answers_to_held_out_prompts():
     trained = FinishedRun(OmegaConf.create({"data": {"sequence_length": 22}}), torch.nn.Linear(1, 1), Knowing(), DATA)
-    assert answered(trained, None) == {"accuracy": 0.7, "passes": 5}
+    assert answered(trained, heldout_problems(DATA, 22), None) == {"accuracy": 0.7, "passes": 5}
 
 
 def test_diffusion_answers_in_fewer_passes_as_well_and_runs_that_tune_do_not(make_config):
