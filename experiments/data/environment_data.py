@@ -25,6 +25,7 @@ def environment_data(
     vocabulary: Vocabulary = "own",
     seed: int = 0,
     fill: bool = False,
+    known: bool = False,
 ) -> TokenData:
     """Returns windows of a prompt, an answer, eot and padding, in which the answer and eot are learnt.
 
@@ -42,6 +43,8 @@ def environment_data(
         seed: of the draws.
         fill: put eot in place of padding, and learn it, so that a model which fills whole windows learns how long an
             answer is (LLaDA, arXiv 2502.09992, section 2.3).
+        known: hold out nothing: the first of the problems that are trained on are asked again, to see what is
+            remembered.
 
     Raises:
         ValueError: a setting is out of range, or the environment does not have so many problems.
@@ -52,9 +55,10 @@ def environment_data(
     ids = vocabulary_of(environment, vocabulary)
     if train_problems < 1 or heldout_problems < 1:
         raise ValueError(f"train_problems={train_problems} and heldout_problems={heldout_problems} must be at least 1")
-    heldout = islice(problems(environment, True, np.random.default_rng([seed, 0])), heldout_problems)
     random = np.random.default_rng([seed, 1])
     train = list(islice(problems(environment, False, random), train_problems))
+    unseen = problems(environment, True, np.random.default_rng([seed, 0]))
+    heldout = islice(train if known else unseen, heldout_problems)
     answered = [
         Problem(problem.prompt, demonstration(environment, problem, correct, random))
         for problem in train

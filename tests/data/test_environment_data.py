@@ -74,7 +74,7 @@ def test_a_demonstration_is_right_as_often_as_asked_and_each_has_an_answer_of_it
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_the_config_of_an_environment_makes_data_with_as_many_prompts_as_a_run_is_scored_by(name):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", overrides=[f"data={name}", "data.tokens.train_problems=40"]).data
+        config = compose("train", overrides=[f"data={name}", "data.tokens.train_problems=200"]).data
     data = instantiate(config.tokens)
     assert len(data.heldout) // config.sequence_length >= config.scoring.prompts
     assert config.scoring.samples >= 1 and data.environment.name == data.name.partition("/")[0]
@@ -102,6 +102,12 @@ def test_held_out_problems_do_not_depend_on_those_for_training():
     assert np.array_equal(a.heldout, b.heldout) and a.digest != b.digest
     assert not np.array_equal(a.heldout, other.heldout)
     assert environment_data(**SMALL).digest == a.digest
+
+
+def test_known_problems_are_asked_again_of_those_that_are_trained_on():
+    data = environment_data(**SMALL | {"known": True})
+    assert np.array_equal(data.heldout, data.train[: len(data.heldout)])
+    assert np.array_equal(data.train, environment_data(**SMALL).train)
 
 
 @pytest.mark.parametrize(

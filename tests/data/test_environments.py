@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from experiments.data.environments.arithmetic import Addition, Multiplication
 from experiments.data.environments.chance import Chance
 from experiments.data.environments.countdown import Countdown, value
+from experiments.data.environments.facts import Facts
 from experiments.data.environments.gaps import Gaps
 from experiments.data.environments.maze import Maze
 from experiments.data.environments.mixture import Mixture
@@ -37,6 +38,7 @@ EASY_TO_HARD = {
     "uncounted_sorting": st.builds(UncountedSorting, st.integers(2, 7), small),
     "permutations": st.builds(Permutations, st.integers(2, 6), st.integers(1, 9), st.booleans()),
     "modular_arithmetic": st.builds(ModularArithmetic, st.sampled_from([2, 3, 5, 7]), st.integers(1, 9)),
+    "facts": st.builds(Facts, st.integers(2, 26), small, st.integers(0, 9)),
     "gaps": st.builds(Gaps, st.integers(4, 26), small, small, small, st.integers(0, 9)),
     "maze": st.builds(Maze, st.integers(3, 5), st.floats(0, 0.5), st.integers(1, 4)),
     "sudoku": st.builds(Sudoku, st.integers(1, 16)),
@@ -108,6 +110,7 @@ def test_the_environment_of_every_config_is_held_to_the_contract_above(name):
         (Permutations(3, 3, states=True), "bac cab abc:", ["bac cba cba"], ["cba", "bac cba cb", "bac cab cba"]),
         (ModularArithmetic(7, 3), "3+5*2-6:", ["123"], ["124", "3", "12"]),
         (ModularArithmetic(2, 2), "1-1-1:", ["01"], ["00", "11"]),
+        (Facts(16, 3), "qhxk:", ["knn"], ["nnk", "kn", "knnk"]),
         (Maze(3, moves=1), "S.#/#../#.G:", ["RDDR", "RDRD", "RLRDDR"], ["DRDR", "RDD", "RDDRR", "RLRLRDDRLR", "rddr"]),
         (Maze(2, moves=1), "GS/..:", ["L", "DLU"], ["DL", "DLUDU", "LL"]),
         (Sudoku(3), "12343.12214.4.21:", ["433"], ["343", "43", "4331"]),
@@ -176,6 +179,7 @@ def test_a_mixture_tells_its_tasks_apart_by_the_first_byte():
         (lambda: Sorting(1), "length=1 and digits=1 must be at least 2 and 1"),
         (lambda: Permutations(1), "items=1 must be from 2 to 26"),
         (lambda: Permutations(2, 0), "length=0 at least 1"),
+        (lambda: Facts(27), "letters=27 must be from 2 to 26, and length=3 at least 1"),
         (lambda: Maze(3, 1.0), "walls=1.0 from 0 to below 1"),
         (lambda: Maze(3, moves=5), "moves=5 from 1 to the 4 from corner to corner"),
         (lambda: Sudoku(0), "empty=0 must be from 1 to 16"),
