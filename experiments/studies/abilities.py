@@ -11,7 +11,7 @@ from scipy.optimize import isotonic_regression
 
 from experiments.findings import Estimate, Verdict, number
 from experiments.harness.weights import FinishedRun
-from experiments.report.figures import COLOURS, MARKERS, tick_values
+from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.study import Cell, Compose, Study, over_seeds
 from experiments.studies.tuned import evaluations
 
@@ -61,7 +61,6 @@ class Abilities(Study):
             losses = np.sort(rows[rows.architecture.isin(self.known)].loss)
             panel.plot(losses, expected(rows[rows.architecture.isin(self.known)], losses), color="k", label="curve")
             panel.set(xscale="log", xlabel="held-out loss over all tasks, bits per byte", title=task)
-            tick_values(panel)
             panel.invert_xaxis()
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("accuracy")
@@ -85,11 +84,7 @@ class Abilities(Study):
         each = asked.groupby(["architecture", "task"], sort=False).error.mean().reset_index()
         said = ", ".join(f"{row.architecture} at {row.task} {row.error:.3f}" for row in each.itertuples())
         where = "; ".join(
-            f"{task} "
-            + ", ".join(
-                f"{name} {number(float(np.mean([halfway(run) for _, run in runs.groupby('seed')])))}"
-                for name, runs in rows.groupby("architecture", sort=False)
-            )
+            f"{task} " + ", ".join(f"{name} {jump(runs)}" for name, runs in rows.groupby("architecture", sort=False))
             for task, rows in done.groupby("task", sort=False)
         )
         sentence = (
@@ -120,6 +115,13 @@ def errors(known: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
         learning = rows.accuracy.between(*LEARNING) | rows.expected.between(*LEARNING)
         found.append(rows[learning].assign(error=(rows.accuracy - rows.expected).abs()))
     return pd.concat(found)
+
+
+def jump(runs: pd.DataFrame) -> str:
+    """Says at which loss runs get half of a task right, in the mean over seeds, and how many do."""
+    losses = [loss for _, run in runs.groupby("seed") if not np.isnan(loss := halfway(run))]
+    some = "" if len(losses) == runs.seed.nunique() else f" ({len(losses)} of {runs.seed.nunique()} runs)"
+    return number(float(np.mean(losses)) if losses else None) + some
 
 
 def halfway(run: pd.DataFrame) -> float:

@@ -45,7 +45,7 @@ def attention(
         window: tokens that a query sees in each direction that it sees at all, its own included; None for all.
         runs: in place of causal and window begins and ends, int64 [R, B or 1, T] both: query t sees the keys from begin
             to end - 1 of each run. They do not overlap, and one is not empty: packed documents, blocks.
-        scale: factor on the scores; D ** -0.5 where None.
+        scale: factor on the scores, above 0; D ** -0.5 where None.
         sinks: [H], scores that take part in the softmax and carry no value; or None.
         slopes: [H], what is taken from a score per token of distance; or None.
         places: [S], where tokens are for that distance; one after the other where None. Without slopes it is not read.
@@ -87,6 +87,8 @@ def attention(
             )
     pairs = Pairs(T, S, causal, window, *(runs or (None, None)))
     scale = D**-0.5 if scale is None else scale
+    if not scale > 0:  # scaled_dot_product_attention has masked scores times the scale
+        raise ValueError(f"scale={scale} of attention must be above 0, or None for D ** -0.5")
     if slopes is None:
         places = None
     elif places is None:

@@ -26,6 +26,15 @@ def test_only_sums_are_marked_and_each_counts_as_one_byte():
     assert data.heldout_bytes == data.heldout_answers.sum() == 121 - 48
 
 
+def test_an_equals_sign_stands_in_front_of_the_same_sums():
+    plain, signed = modular_addition(**SMALL), modular_addition(**SMALL | {"equals": True, "sequence_length": 4})
+    for without, tokens in ((plain.train, signed.train), (plain.heldout, signed.heldout)):
+        tokens = tokens.reshape(-1, 4)
+        assert (tokens[:, 2] == 11).all() and np.array_equal(tokens[:, [0, 1, 3]], without.reshape(-1, 3))
+    assert (signed.train_answers.reshape(-1, 4) == [False, False, False, True]).all()
+    assert signed.eot == 12 == signed.vocab_size - 1 and signed.pieces[11:] == [b"= ", b""]
+
+
 def test_the_seed_draws_the_pairs_and_a_larger_fraction_keeps_those_of_a_smaller():
     a, b, other, more = (
         modular_addition(**SMALL | changes) for changes in ({}, {}, {"seed": 1}, {"train_fraction": 0.5})
@@ -44,6 +53,7 @@ def test_the_seed_draws_the_pairs_and_a_larger_fraction_keeps_those_of_a_smaller
         ({"train_fraction": 1.0}, "train_fraction=1.0 must leave some"),
         ({"train_fraction": -0.1}, "train_fraction=-0.1 must leave some"),
         ({"sequence_length": 4}, "sequence_length=4 must be 3"),
+        ({"equals": True}, "sequence_length=3 must be 4"),
     ],
 )
 def test_settings_that_make_no_task_are_refused(changes, words):

@@ -251,6 +251,7 @@ def test_no_tokens_give_no_output_and_gradients_of_zero(T, batch):
         ({"q": torch.zeros(2, 5, 3, 8)}, "H a multiple of G"),
         ({"q": torch.zeros(2, 6, 4, 8)}, "T at most S"),
         ({"window": 0}, "window=0 of attention must be at least 1 token, or None"),
+        ({"scale": 0.0}, "scale=0.0 of attention must be above 0, or None"),
         ({"sinks": torch.zeros(2)}, r"sinks is \(2,\), it must be \(4,\)"),
         ({"causal": True, "runs": (torch.zeros(1, 1, 5), torch.ones(1, 1, 5))}, "leave out causal and window"),
         ({"runs": (torch.zeros(1, 3, 5), torch.ones(1, 3, 5))}, r"begins and ends \[R, 2 or 1, 5\]; got \[1, 3, 5\]"),

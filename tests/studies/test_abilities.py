@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.studies.abilities import Abilities, errors, expected, halfway
+from experiments.studies.abilities import Abilities, errors, expected, halfway, jump
 
 NAMES = ["small", "medium", "large"]
 STUDY = Abilities("c", "s", "r", dict.fromkeys(NAMES, []), ["small", "medium"], [0, 1, 2], margin=0.1)
@@ -60,6 +60,8 @@ def test_a_jump_lies_at_the_loss_where_half_of_the_answers_are_right():
     run = table()[lambda rows: (rows.id == "small0") & (rows.task == "second")]
     assert halfway(run) == pytest.approx(0.5, rel=0.02)
     assert np.isnan(halfway(run[run.accuracy < 0.5]))
+    slow = run[run.accuracy < 0.5].assign(seed=1)
+    assert jump(run) == "0.500" and jump(pd.concat([run, slow])) == "0.500 (1 of 2 runs)" and jump(slow)[0] == "–"
 
 
 def test_the_figure_has_a_panel_per_task_and_names_who_is_known():
