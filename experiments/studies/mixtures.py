@@ -119,7 +119,7 @@ class Mixtures(Study):
         """Each test in a column: what the small runs predict, on the triangle of mixtures; and the larger runs' loss
         against what was predicted for the small ones, every run, mixture by mixture."""
         runs, (small, large) = counted(table), self.sizes
-        canvas = Figure(figsize=(3.7 * len(self.tests), 7), layout="constrained")
+        canvas = Figure(figsize=(4.2 * len(self.tests), 7.5), layout="constrained")
         panels = canvas.subplots(2, len(self.tests), squeeze=False)
         few = runs[runs.variant == small]
         if few.empty:
@@ -148,7 +148,7 @@ class Mixtures(Study):
         axes.plot(*(np.array(best[test]) @ CORNERS), "*", color=COLOURS[1], ms=14, mec="white")
         for part, (x, y) in zip(self.parts, CORNERS, strict=True):
             axes.text(x, y + (0.04 if y else -0.1), part, ha="center")
-        axes.set_title(f"{test}: best {label(best[test])}", fontsize="medium", pad=16)
+        axes.set_title(f"{test}: best {label(best[test])}", fontsize="medium", pad=24)
         axes.set_aspect("equal")
         axes.axis("off")
 
@@ -197,8 +197,8 @@ class Mixtures(Study):
         place = "the lowest" if lowest == best else f"the lowest, {lowest}, {100 * means[lowest]:+.2f} %"
         rank = means.rank().corr(foretold.rank())
         return (
-            f"for {test} {best} (the even mixture {100 * means[label(self.even)]:+.2f} %; of {len(means)} mixtures number "
-            f"{int((means < means[best]).sum()) + 1}, {place}; rank correlation {rank:.2f})"
+            f"for {test} {best} (the even mixture {100 * means[label(self.even)]:+.2f} %; of {len(means)} mixtures "
+            f"number {int((means < means[best]).sum()) + 1}, {place}; rank correlation {rank:.2f})"
         )
 
 
