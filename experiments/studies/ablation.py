@@ -129,7 +129,8 @@ class Ablation(Study):
         said = ", ".join(f"{name} {math.exp(mean[str(name)]):.3f}" for name in rows)
         state = table[table.stage == "compare"].groupby("variant").state_bytes.first()
         sentence = (
-            f"Held-out bits per byte, each at its own learning rate: {said}. {rival} less {best}: "
+            f"Held-out bits per byte, {'each at its own' if len(self.learning_rates) > 1 else 'all at one'} learning "
+            f"rate: {said}. {rival} less {best}: "
             f"{100 * effect.value:.2f} % of the loss [{100 * effect.low:.2f}, {100 * effect.high:.2f}], where a run "
             f"scatters by {100 * error:.2f} %; bytes of decode state {number(state[best])} for {best}, "
             f"{number(state[rival])} for {rival}."
