@@ -49,7 +49,7 @@ class InstalledFiles:
 
 
 class Docstrings:
-    """What an installed package says of itself in English: the docstrings of each module, as one document, without
+    """The docstrings of an installed package, English text about it: those of each module, as one document, without
     their indentation. A module that this Python cannot read, being of another version, is left out.
 
     Args:

@@ -12,7 +12,8 @@ from scipy.optimize import isotonic_regression
 from experiments.findings import Estimate, Verdict, number
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.study import Cell, Compose, Study, over_seeds
+from experiments.studies.sides import above
+from experiments.studies.study import Cell, Compose, Study, check_named, over_seeds
 from experiments.studies.tuned import evaluations
 
 LEARNING = (0.05, 0.95)  # accuracies between which a task is being learnt
@@ -34,8 +35,7 @@ class Abilities(Study):
     margin: float
 
     def cells(self, compose: Compose) -> Iterator[Cell]:
-        if unknown := [name for name in self.known if name not in self.architectures]:
-            raise ValueError(f"study knows {unknown[0]!r}: choose from {', '.join(self.architectures)}")
+        check_named("knows", self.known, self.architectures)
         return over_seeds(compose, self.architectures, self.seeds)
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
@@ -75,11 +75,7 @@ class Abilities(Study):
         if len(seeds) < 2:
             return Verdict("cannot tell", f"{len(seeds)} seeds are too few to judge.", None, self.rule)
         effect = Estimate.of_mean(seeds)
-        outcome = "cannot tell"
-        if effect.low > self.margin:
-            outcome = "holds"
-        elif effect.high < self.margin:
-            outcome = "does not hold"
+        outcome = above(effect, self.margin)
         among = [errors(done[is_known & (done.id != run)], done[done.id == run]) for run in done[is_known].id.unique()]
         each = asked.groupby(["architecture", "task"], sort=False).error.mean().reset_index()
         said = ", ".join(f"{row.architecture} at {row.task} {row.error:.3f}" for row in each.itertuples())

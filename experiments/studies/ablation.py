@@ -20,7 +20,8 @@ from experiments.harness.identity import Run, run_of
 from experiments.harness.run import finished
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.study import Cell, Compose, Stages, Study
+from experiments.studies.sides import above
+from experiments.studies.study import Cell, Compose, Stages, Study, check_named
 
 MOST_SEEDS = 1000
 TOO_LITTLE = f" Not even {MOST_SEEDS} seeds would tell so little."
@@ -53,8 +54,7 @@ class Ablation(Study):
 
     def stages(self, compose: Compose) -> Stages:
         named = (*self.better, *self.than, *self.shares, *self.begins)
-        if unknown := [name for name in named if name not in self.variants]:
-            raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.variants)}")
+        check_named("compares", named, self.variants)
         chosen = {name: self.learning_rates[0] for name in self.variants if name not in self.begins}
         if len(self.learning_rates) > 1:
             cell = partial(self._cell, compose, self.tuning_seed)
@@ -79,7 +79,7 @@ class Ablation(Study):
         config.session.arm, config.init_from = name, init_from
         config.budget.flops *= self.shares.get(name, 1)
         config.optim.learning_rate, config.seed = rate, seed
-        labels = {"variant": name, "stage": "tune" if seed == self.tuning_seed else "compare"}
+        labels = {"variant": name, "stage": stage_of(seed, self.tuning_seed)}
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 
     @torch.no_grad()
@@ -121,11 +121,7 @@ class Ablation(Study):
         best, rival = (min(side, key=lambda name: mean[name]) for side in sides)
         half = reach * error * math.sqrt(2 / len(rows))
         effect = Estimate(mean[rival] - mean[best], mean[rival] - mean[best] - half, mean[rival] - mean[best] + half)
-        outcome = "cannot tell"
-        if effect.low > self.margin:
-            outcome = "holds"
-        elif effect.high < self.margin:
-            outcome = "does not hold"
+        outcome = above(effect, self.margin)
         said = ", ".join(f"{name} {math.exp(mean[str(name)]):.3f}" for name in rows)
         state = table[table.stage == "compare"].groupby("variant").state_bytes.first()
         sentence = (
@@ -195,6 +191,11 @@ def usage(table: pd.DataFrame) -> str:
     means = table[table.stage == "compare"].groupby("variant", sort=False)[["expert_load", "dead_experts"]].mean()
     said = (f"{name} {row.expert_load:.2f} and {row.dead_experts:.2f}" for name, row in means.dropna().iterrows())
     return f" The load of the fullest expert over the mean, and the share of experts never chosen: {', '.join(said)}."
+
+
+def stage_of(seed: int, tuning_seed: int) -> str:
+    """Return the stage of a run by its seed, "tune" or "compare", as `counted` asks for it."""
+    return "tune" if seed == tuning_seed else "compare"
 
 
 def counted(table: pd.DataFrame) -> pd.DataFrame:

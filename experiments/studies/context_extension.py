@@ -16,6 +16,7 @@ from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.by_position import at_length, bits_by_position, recall_by_distance
+from experiments.studies.sides import above
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 REPORTS = {"bits": bits_by_position, "recall": recall_by_distance}  # what a task is measured by
@@ -153,7 +154,7 @@ class ContextExtension(Study):
             return Verdict("cannot tell", f"{len(pair)} seeds are too few to compare.", None, self.rule)
         challenger, champion = self.compared
         effect = Estimate.of_mean(pair[champion] - pair[challenger])
-        outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
+        outcome = above(effect, 0.0)
         said = ", ".join(f"{name} {far[name].mean():.3f}" for name in self.curves if name in far)
         sentence = (
             f"From position {self.trained} on, in windows of {length}: {said} bits per byte; {champion} less "

@@ -16,7 +16,7 @@ from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS, tick_values
-from experiments.studies.study import Cell, Compose, Study
+from experiments.studies.study import Cell, Compose, Study, check_named
 
 Found = TypeVar("Found")
 DECODED = 16  # tokens that are timed one by one
@@ -53,8 +53,7 @@ class CostByLength(Study):
         Raises:
             ValueError: for an arm that there is none of.
         """
-        if unknown := [name for name in (*self.quadratic, *self.linear) if name not in self.arms]:
-            raise ValueError(f"study judges {unknown[0]!r}: choose from {', '.join(self.arms)}")
+        check_named("judges", (*self.quadratic, *self.linear), self.arms)
         for name, overrides in self.arms.items():
             config = compose(overrides)
             config.session.arm = name

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.findings import Estimate, Verdict
 from experiments.studies.rlvr import said
+from experiments.studies.sides import above
 from experiments.studies.tuned import MEASURES, Tuned, draw, final
 
 
@@ -39,7 +40,7 @@ class DiffusionRLVR(Tuned):
             return Verdict("cannot tell", f"{len(paired)} seeds are too few to compare.", None, self.rule)
         best = str(paired[others].mean().idxmax())
         effect = Estimate.of_mean(paired[self.unbiased] - paired[best])
-        outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
+        outcome = above(effect, 0.0)
         steps = ends.groupby("arm", sort=False).step.max()
         taken = ", ".join(f"{arm.replace('_', ' ')} {steps[arm]:.0f}" for arm in self.arms)
         sentence = (

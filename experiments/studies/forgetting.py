@@ -22,6 +22,7 @@ from experiments.harness.parts import build
 from experiments.harness.tasks import heldout_problems, score
 from experiments.harness.weights import FinishedRun, load_run
 from experiments.report.figures import COLOURS, MARKERS
+from experiments.studies.sides import above
 from experiments.studies.study import Cell, Compose, Stages, Study
 from objectives.contracts import Batch, Objective, Request
 from objectives.post_training.divergences import written_kl
@@ -141,7 +142,7 @@ class Forgetting(Study):
             sentence = f"{len(models)} models of {len(sizes)} methods are too few."
             return Verdict("cannot tell", sentence, None, self.rule)
         effect, by_gain = concordance(models, "kl"), concordance(models, "gain")
-        outcome = "holds" if effect.low > LAW else "does not hold" if effect.high < LAW else "cannot tell"
+        outcome = above(effect, LAW)
         level, least = forgotten_at_equal_gain(models)
         said = ", ".join(f"{name} {x:.3f}" for name, x in least.sort_values().items())
         sentence = (

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from experiments.harness.identity import Run, run_of
 from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.ablation import at_an_end, counted, tune
+from experiments.studies.ablation import at_an_end, counted, stage_of, tune
 from experiments.studies.hidden_states import untrained
 from experiments.studies.study import Cell, Compose, Stages, Study
 from experiments.studies.tuned import evaluations
@@ -49,21 +50,28 @@ class Grokking(Study):
     seeds: list[int]
 
     def stages(self, compose: Compose) -> Stages:
-        variants = [f"{model}, {optimiser}" for model in self.models for optimiser in self.optimisers]
-        cell = partial(self._cell, compose, self.tuning_seed)
-        chosen = yield from tune(variants, self.learning_rates, self.widen, cell, slowness)
-        yield [self._cell(compose, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
+        flops = {
+            f"{model}, {optimiser}": self._flops(compose([*overrides, f"optim={optimiser}"]))
+            for model, overrides in self.models.items()
+            for optimiser in self.optimisers
+        }
+        cell = partial(self._cell, compose, flops, self.tuning_seed)
+        chosen = yield from tune(flops, self.learning_rates, self.widen, cell, slowness)
+        yield [self._cell(compose, flops, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
 
-    def _cell(self, compose: Compose, seed: int, variant: str, rate: float) -> Cell:
+    def _flops(self, config: DictConfig) -> float:
+        """Return those of all steps, the optimiser's own counted."""
+        found = measure(config, open_data(config))
+        tokens = self.steps * (config.budget.batch_tokens // EQUATION) * EQUATION
+        return found.costs.flops_per_token * tokens + found.flops_per_step * self.steps
+
+    def _cell(self, compose: Compose, flops: dict[str, float], seed: int, variant: str, rate: float) -> Cell:
         model, optimiser = variant.split(", ")
         config = compose([*self.models[model], f"optim={optimiser}", f"optim.learning_rate={rate}", f"seed={seed}"])
         config.session.arm = variant
         config.data.tokens.seed = seed
-        found = measure(config, open_data(config))
-        sequences = self.steps * (config.budget.batch_tokens // EQUATION)
-        tokens = sequences * EQUATION
-        config.budget.flops = found.costs.flops_per_token * tokens + found.flops_per_step * self.steps
-        stage = "tune" if seed == self.tuning_seed else "compare"
+        config.budget.flops = flops[variant]
+        stage = stage_of(seed, self.tuning_seed)
         labels = {"variant": variant, "model": model, "optimiser": optimiser, "stage": stage}
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,8 @@ from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.report.figures import COLOURS, MARKERS, tick_values
-from experiments.studies.ablation import counted, tune
+from experiments.studies.ablation import counted, stage_of, tune
+from experiments.studies.sides import above
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 
@@ -35,32 +35,24 @@ class Levelling(Study):
     seeds: list[int]
 
     def stages(self, compose: Compose) -> Stages:
-        places = {f"{size} {tokens:g}": (size, tokens) for size, tokens in product(self.sizes, self.tokens)}
-        costs: dict[str, float] = {}
+        places = {}
         for size, overrides in self.sizes.items():
             config = compose(overrides)
-            costs[size] = measure(config, open_data(config)).costs.flops_per_token
-        cell = partial(self._cell, compose, places, costs, self.tuning_seed)
+            flops_per_token = measure(config, open_data(config)).costs.flops_per_token
+            places |= {f"{size} {tokens:g}": (size, tokens, flops_per_token * tokens) for tokens in self.tokens}
+        cell = partial(self._cell, compose, places, self.tuning_seed)
         chosen = yield from tune(places, self.learning_rates, self.widen, cell)
-        yield [
-            self._cell(compose, places, costs, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds
-        ]
+        yield [self._cell(compose, places, seed, name, rate) for name, rate in chosen.items() for seed in self.seeds]
 
     def _cell(
-        self,
-        compose: Compose,
-        places: dict[str, tuple[str, float]],
-        costs: dict[str, float],
-        seed: int,
-        name: str,
-        rate: float,
+        self, compose: Compose, places: dict[str, tuple[str, float, float]], seed: int, name: str, rate: float
     ) -> Cell:
-        size, tokens = places[name]
+        size, tokens, flops = places[name]
         config = compose(self.sizes[size])
         config.session.arm, config.seed, config.optim.learning_rate = size, seed, rate
-        config.budget.flops = costs[size] * tokens
+        config.budget.flops = flops
         labels = {"variant": name, "size": size, "asked": tokens}
-        labels["stage"] = "tune" if seed == self.tuning_seed else "compare"
+        labels["stage"] = stage_of(seed, self.tuning_seed)
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 
     def figure(self, table: pd.DataFrame) -> Figure:
@@ -92,7 +84,7 @@ class Levelling(Study):
         if len(pairs) < 2:
             return Verdict("cannot tell", f"{len(pairs)} seeds of both sizes are too few to tell.", None, self.rule)
         effect = Estimate.of_mean(pairs)
-        outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
+        outcome = above(effect, 0.0)
         params = runs.groupby("size").params_total.first()
         said = "; ".join(
             f"{size}, of {number(float(params[size]))} parameters, by {100 * gain.mean():.2f} %, from "

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.ablation import counted, tune
+from experiments.studies.ablation import counted, stage_of, tune
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 FULL = "float32"
@@ -54,7 +54,7 @@ class LowPrecision(Study):
         config = compose([*self.backbones[name], *([] if format == FULL else [narrow])])
         config.session.arm = f"{name}_{format}"
         config.optim.learning_rate, config.seed, config.trainer.precision = rate, seed, FULL
-        labels = {"variant": name, "format": format, "stage": "tune" if seed == self.tuning_seed else "compare"}
+        labels = {"variant": name, "format": format, "stage": stage_of(seed, self.tuning_seed)}
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 
     def figure(self, table: pd.DataFrame) -> Figure:

@@ -15,7 +15,8 @@ from archs.language_model import LanguageModel
 from experiments.findings import Estimate, Verdict
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.study import Cell, Compose, Study, over_seeds
+from experiments.studies.sides import above
+from experiments.studies.study import Cell, Compose, Study, check_named, over_seeds
 from experiments.studies.tuned import evaluations
 
 PASSED = 0.99  # of the held-out sums
@@ -36,8 +37,7 @@ class Mechanisms(Study):
     margin: float
 
     def cells(self, compose: Compose) -> Iterator[Cell]:
-        if unknown := [name for name in self.pair if name not in self.architectures]:
-            raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.architectures)}")
+        check_named("compares", self.pair, self.architectures)
         return over_seeds(compose, self.architectures, self.seeds)
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
@@ -68,11 +68,7 @@ class Mechanisms(Study):
         if len(pairs) < 2:
             return Verdict("cannot tell", f"{len(pairs)} seeds with which both add right are too few.", None, self.rule)
         effect = Estimate.of_mean(pairs)
-        outcome = "cannot tell"
-        if effect.low > self.margin:
-            outcome = "holds"
-        elif effect.high < self.margin:
-            outcome = "does not hold"
+        outcome = above(effect, self.margin)
         each = ", ".join(
             f"{name} {rows.irrelevance.mean():.2f} ({rows.irrelevance.min():.2f} to {rows.irrelevance.max():.2f}, "
             f"{len(rows)} of {(done.architecture == name).sum()} runs)"

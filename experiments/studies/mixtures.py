@@ -22,7 +22,7 @@ from experiments.harness.identity import Run, run_of
 from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.ablation import at_an_end, counted, tune
+from experiments.studies.ablation import at_an_end, counted, stage_of, tune
 from experiments.studies.sides import on_their_sides
 from experiments.studies.study import Cell, Compose, Stages, Study
 
@@ -88,7 +88,7 @@ class Mixtures(Study):
         node = config.data.tokens.data
         present = [i for i, share in enumerate(mixture) if share]
         node.parts, node.weights = [node.parts[i] for i in present], [mixture[i] for i in present]
-        labels = {"variant": size, "stage": "tune" if seed == self.tuning_seed else "compare"}
+        labels = {"variant": size, "stage": stage_of(seed, self.tuning_seed)}
         labels |= {"mixture": label(mixture)} | dict(zip(self.parts, mixture, strict=True))
         return Cell(labels | {"learning_rate": rate, "seed": seed}, run_of(config))
 

@@ -1,4 +1,4 @@
-"""How far a trained network falls apart into modules, by what its units do and by how they are wired.
+"""Measures of how far a trained network falls apart into modules, by what its units do and by how they are wired.
 
 Units are what the parts of the blocks project onto the residual stream: hidden layers of MLPs, outputs of heads.
 

@@ -21,7 +21,7 @@ from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.study import Cell, Compose, Study
+from experiments.studies.study import Cell, Compose, Study, check_named
 from objectives.contracts import Batch
 
 AT_ONCE = 128  # windows
@@ -51,8 +51,7 @@ class Overwriting(Study):
     windows: int
 
     def cells(self, compose: Compose) -> Iterator[Cell]:
-        if unknown := [name for name in (self.once, self.often) if name not in self.arms]:
-            raise ValueError(f"study compares {unknown[0]!r}: choose from {', '.join(self.arms)}")
+        check_named("compares", (self.once, self.often), self.arms)
         for name, arm in self.arms.items():
             base = compose(arm["overrides"])
             base.session.arm = name

@@ -14,6 +14,7 @@ from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.report.figures import COLOURS, MARKERS
+from experiments.studies.sides import above
 from experiments.studies.study import Cell, Compose, Study
 
 
@@ -72,7 +73,7 @@ class RepeatedData(Study):
         if len(lowest) < 2 or lowest.isna().any(axis=None):
             return Verdict("cannot tell", f"{len(lowest)} seeds are too few to compare.", None, self.rule)
         effect = Estimate.of_mean(lowest[champion] - lowest[challenger])
-        outcome = "holds" if effect.low > 0 else "does not hold" if effect.high < 0 else "cannot tell"
+        outcome = above(effect, 0.0)
         means = summary(table)
         best = means.loc[means.groupby("objective")["mean"].idxmin()].set_index("objective")
         said = ", ".join(

@@ -1,10 +1,16 @@
-"""A rule that several claims share: some variants lie above a threshold, and others below it."""
+"""Rules that claims share: an effect lies above a threshold; some variants lie above it, and others below."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
 from experiments.findings import Estimate, StudyOutcome
+
+
+def above(effect: Estimate, threshold: float) -> StudyOutcome:
+    """Return whether a claim holds that lies with an effect above a threshold: as its whole interval says, or "cannot
+    tell"."""
+    return "holds" if effect.low > threshold else "does not hold" if effect.high < threshold else "cannot tell"
 
 
 def on_their_sides(

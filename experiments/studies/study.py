@@ -95,6 +95,16 @@ class Study(ABC):
         """The rule applied to the table."""
 
 
+def check_named(verb: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a study that has to do with a name which there is not, such as "compares".
+
+    Raises:
+        ValueError: it names the first of them.
+    """
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"study {verb} {unknown[0]!r}: choose from {', '.join(known)}")
+
+
 def over_seeds(compose: Compose, architectures: dict[str, list[str]], seeds: Iterable[int]) -> Iterator[Cell]:
     """Yield a cell for each architecture, by its name and overrides, and seed."""
     for name, overrides in architectures.items():

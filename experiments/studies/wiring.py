@@ -11,7 +11,7 @@ from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.harness.weights import FinishedRun, load_run
 from experiments.report.figures import COLOURS
-from experiments.studies.ablation import counted
+from experiments.studies.ablation import counted, stage_of
 from experiments.studies.modules import (
     adjacency,
     answered,
@@ -67,7 +67,7 @@ class Wiring(Study):
         penalty = [*PENALTIES[variant], f"objective.build.strength={strength}"] if variant in PENALTIES else []
         config = compose([*penalty, f"seed={seed}"])
         config.session.arm = variant
-        stage = "tune" if seed == self.tuning_seed else "compare"
+        stage = stage_of(seed, self.tuning_seed)
         return Cell({"variant": variant, "stage": stage, "strength": strength, "seed": seed}, run_of(config))
 
     def measure(self, cell: Cell, finished: FinishedRun) -> list[dict]:
@@ -85,7 +85,7 @@ class Wiring(Study):
         return [found]
 
     def figure(self, table: pd.DataFrame) -> Figure:
-        """What is measured, by penalty: a dot per seed, those of one seed joined, and the mean."""
+        """Draw what is measured, by penalty: a dot per seed, those of one seed joined, and the mean."""
         canvas, rows = Figure(figsize=(11, 3.2), layout="constrained"), counted(table)
         for axes, (column, title) in zip(canvas.subplots(1, len(PANELS)), PANELS.items(), strict=True):
             values = rows.pivot(index="seed", columns="variant", values=column)

@@ -1,13 +1,14 @@
 """Facts that only who has read them can know."""
 
 import hashlib
+from string import ascii_lowercase
 
 import numpy as np
 
 from experiments.data.environments.contracts import Environment, Problem
 
 NAME = 4  # letters
-LETTERS = b"abcdefghijklmnopqrstuvwxyz"
+LETTERS = ascii_lowercase.encode()
 
 
 class Facts(Environment):

@@ -1,12 +1,13 @@
 """Gaps in texts of a grammar, to be filled so that both ends fit."""
 
 from itertools import pairwise
+from string import ascii_lowercase
 
 import numpy as np
 
 from experiments.data.environments.contracts import Environment, Problem
 
-LETTERS = b"abcdefghijklmnopqrstuvwxyz"
+LETTERS = ascii_lowercase.encode()
 
 
 class Gaps(Environment):

@@ -1,10 +1,12 @@
 """State tracking: permutations carried out one after the other."""
 
+from string import ascii_lowercase
+
 import numpy as np
 
 from experiments.data.environments.contracts import Environment, Problem
 
-LETTERS = b"abcdefghijklmnopqrstuvwxyz"
+LETTERS = ascii_lowercase.encode()
 
 
 class Permutations(Environment):
