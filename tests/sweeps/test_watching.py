@@ -45,7 +45,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path):
-    found = Folder(tmp_path)
+    found = Folder(tmp_path / "sweep")  # the report scores the sweeps beside it too, which are not those of other tests
     with found.stack:
         yield found
 
