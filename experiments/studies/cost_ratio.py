@@ -1,0 +1,95 @@
+"""Two factors of compute that one arm of a sweep takes over another, the one over the other: at two budgets, or of two pairs."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.findings import Estimate, Verdict, number
+from experiments.report.figures import COLOURS, MARKERS, tick_budgets, tick_values
+from experiments.scaling.joint import Joint, estimated
+from experiments.studies.swept import Swept
+
+
+@dataclass(frozen=True)
+class Factor:
+    """How many times the compute of a reference an arm takes for its own loss at a budget, in FLOPs."""
+
+    arm: str
+    reference: str
+    budget: float
+
+
+@dataclass(frozen=True)
+class CostRatio(Swept):
+    """Compares two factors of compute on a sweep's joint surface.
+
+    factor, over: the one is divided by the other. claimed: the range in which their ratio is claimed to lie.
+    """
+
+    factor: Factor
+    over: Factor
+    claimed: tuple[float, float]
+
+    def table(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """One row per pair of arms and budget with the factor and its interval; the last row is the ratio."""
+        joint, found = self.joint(), []
+        for arm, reference in dict.fromkeys((factor.arm, factor.reference) for factor in (self.factor, self.over)):
+            for budget in self.design.budgets:
+                factor = estimated(*self._log(joint, Factor(arm, reference, budget))).map(math.exp)
+                found.append(["factor", arm, reference, budget, factor.value, factor.low, factor.high])
+        (value, draws), (below, draws_below) = (self._log(joint, factor) for factor in (self.factor, self.over))
+        ratio = estimated(value - below, draws - draws_below).map(math.exp)
+        found.append(["ratio", self.factor.arm, self.over.arm, math.nan, ratio.value, ratio.low, ratio.high])
+        return pd.DataFrame(found, columns=["kind", "arm", "reference", "budget", "factor", "low", "high"])
+
+    def _log(self, joint: Joint, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
+        """ln of the factor by the fitted surface, and by each that the runs allow."""
+        mine, reference = self.number(joint, factor.arm), self.number(joint, factor.reference)
+        fitted, drawn = (
+            -surface.log_multiplier(mine, reference, math.log(factor.budget))
+            for surface in (joint.fit.surface, joint.draws)
+        )
+        return fitted, drawn
+
+    def figure(self, table: pd.DataFrame) -> Figure:
+        """The factors against the budget, pair by pair."""
+        canvas = Figure(figsize=(6.5, 4.2), layout="constrained")
+        axes, factors = canvas.subplots(), table[table.kind == "factor"]
+        for i, ((arm, reference), own) in enumerate(factors.groupby(["arm", "reference"], sort=False)):
+            errors = [own.factor - own.low, own.high - own.factor]
+            axes.errorbar(
+                own.budget * 1.03**i, own.factor, errors, color=COLOURS[i], marker=MARKERS[i], capsize=3,
+                label=f"{arm} over {reference}",
+            )  # fmt: skip
+        axes.axhline(1, color="0.6", lw=1)
+        axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="times the compute for the same loss")
+        tick_budgets(axes, factors.budget)
+        tick_values(axes)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return canvas
+
+    def verdict(self, table: pd.DataFrame) -> Verdict:
+        factors = table[table.kind == "factor"].set_index(["arm", "reference", "budget"])[["factor", "low", "high"]]
+        (effect,) = (
+            Estimate(*map(float, row)) for row in table.loc[table.kind == "ratio", ["factor", "low", "high"]].to_numpy()
+        )
+        low, high = self.claimed
+        outcome = "cannot tell"
+        if low < effect.low and effect.high < high:
+            outcome = "holds"
+        elif effect.low > high or effect.high < low:
+            outcome = "does not hold"
+        said = "; ".join(
+            f"at {number(f.budget)} FLOPs {f.arm} takes {number(Estimate(*map(float, factors.loc[f.arm, f.reference, f.budget])))} "
+            f"times the compute of {f.reference}"
+            for f in (self.factor, self.over)
+        )
+        sentence = (
+            f"For its loss {said}. The one over the other: {number(effect)}, claimed is {low:g} to {high:g}. From the runs "
+            f"of {self.sweep}."
+        )
+        return Verdict(outcome, sentence, effect, self.rule)
