@@ -31,15 +31,9 @@ class CostFactor(Swept):
     def table(self, rows: pd.DataFrame) -> pd.DataFrame:
         """One row per arm and budget: the budget over what the reference takes, with its interval."""
         joint, found = self.joint(), []
-        reference = self.number(joint, self.reference)
         for arm in (self.arm, *self.beside):
-            mine = self.number(joint, arm)
             for budget in self.design.budgets:
-                value, draws = (
-                    -surface.log_multiplier(mine, reference, math.log(budget))
-                    for surface in (joint.fit.surface, joint.draws)
-                )
-                factor = estimated(value, draws).map(math.exp)
+                factor = estimated(*self.log_cost(joint, arm, self.reference, budget)).map(math.exp)
                 found.append([arm, budget, factor.value, factor.low, factor.high])
         return pd.DataFrame(found, columns=["arm", "budget", "factor", "low", "high"])
 

@@ -1,15 +1,15 @@
-"""Two factors of compute that one arm of a sweep takes over another, the one over the other: at two budgets, or of two pairs."""
+"""Two factors of compute that arms of a sweep take over others, the one over the other: at two budgets, or of two
+pairs of arms."""
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.findings import Estimate, Verdict, number
 from experiments.report.figures import COLOURS, MARKERS, tick_budgets, tick_values
-from experiments.scaling.joint import Joint, estimated
+from experiments.scaling.joint import estimated
 from experiments.studies.swept import Swept
 
 
@@ -38,21 +38,14 @@ class CostRatio(Swept):
         joint, found = self.joint(), []
         for arm, reference in dict.fromkeys((factor.arm, factor.reference) for factor in (self.factor, self.over)):
             for budget in self.design.budgets:
-                factor = estimated(*self._log(joint, Factor(arm, reference, budget))).map(math.exp)
+                factor = estimated(*self.log_cost(joint, arm, reference, budget)).map(math.exp)
                 found.append(["factor", arm, reference, budget, factor.value, factor.low, factor.high])
-        (value, draws), (below, draws_below) = (self._log(joint, factor) for factor in (self.factor, self.over))
+        (value, draws), (below, draws_below) = (
+            self.log_cost(joint, factor.arm, factor.reference, factor.budget) for factor in (self.factor, self.over)
+        )
         ratio = estimated(value - below, draws - draws_below).map(math.exp)
         found.append(["ratio", self.factor.arm, self.over.arm, math.nan, ratio.value, ratio.low, ratio.high])
         return pd.DataFrame(found, columns=["kind", "arm", "reference", "budget", "factor", "low", "high"])
-
-    def _log(self, joint: Joint, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
-        """ln of the factor by the fitted surface, and by each that the runs allow."""
-        mine, reference = self.number(joint, factor.arm), self.number(joint, factor.reference)
-        fitted, drawn = (
-            -surface.log_multiplier(mine, reference, math.log(factor.budget))
-            for surface in (joint.fit.surface, joint.draws)
-        )
-        return fitted, drawn
 
     def figure(self, table: pd.DataFrame) -> Figure:
         """The factors against the budget, pair by pair."""
@@ -73,10 +66,9 @@ class CostRatio(Swept):
         return canvas
 
     def verdict(self, table: pd.DataFrame) -> Verdict:
-        factors = table[table.kind == "factor"].set_index(["arm", "reference", "budget"])[["factor", "low", "high"]]
-        (effect,) = (
-            Estimate(*map(float, row)) for row in table.loc[table.kind == "ratio", ["factor", "low", "high"]].to_numpy()
-        )
+        estimates = [Estimate(*map(float, row)) for row in table[["factor", "low", "high"]].to_numpy()]
+        places = zip(table.arm, table.reference, table.budget, strict=True)
+        found, effect = dict(zip(places, estimates, strict=True)), estimates[-1]
         low, high = self.claimed
         outcome = "cannot tell"
         if low < effect.low and effect.high < high:
@@ -84,12 +76,12 @@ class CostRatio(Swept):
         elif effect.low > high or effect.high < low:
             outcome = "does not hold"
         said = "; ".join(
-            f"at {number(f.budget)} FLOPs {f.arm} takes {number(Estimate(*map(float, factors.loc[f.arm, f.reference, f.budget])))} "
-            f"times the compute of {f.reference}"
+            f"at {number(f.budget)} FLOPs {f.arm} takes {number(found[f.arm, f.reference, f.budget])} times the "
+            f"compute of {f.reference}"
             for f in (self.factor, self.over)
         )
         sentence = (
-            f"For its loss {said}. The one over the other: {number(effect)}, claimed is {low:g} to {high:g}. From the runs "
-            f"of {self.sweep}."
+            f"For its own loss {said}. The first over the second is {number(effect)}; claimed is {low:g} to {high:g}. "
+            f"From the runs of {self.sweep}."
         )
         return Verdict(outcome, sentence, effect, self.rule)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from experiments.findings import Refused
@@ -54,6 +55,17 @@ class Swept(Study, ABC):
         if isinstance(joint, Refused):
             raise ValueError(f"study.sweep={self.sweep} has no surface up to {most:.3g} FLOPs: {joint.refused}")
         return joint
+
+    def log_cost(self, joint: Joint, arm: str, reference: str, budget: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return ln of how many times the compute of a reference an arm takes for its own loss at a budget of FLOPs: by
+        the fitted surface, and by each that the runs allow.
+
+        Raises:
+            ValueError: for an arm that the surface has not.
+        """
+        mine, other, log_flops = self.number(joint, arm), self.number(joint, reference), math.log(budget)
+        fitted, drawn = joint.fit.surface, joint.draws
+        return -fitted.log_multiplier(mine, other, log_flops), -drawn.log_multiplier(mine, other, log_flops)
 
     def number(self, joint: Joint, arm: str) -> int:
         """Return the number of an arm in the surface.

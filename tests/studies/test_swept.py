@@ -7,6 +7,7 @@ from scipy.optimize import minimize_scalar
 
 from experiments.scaling.surface import Surface
 from experiments.studies.cost_factor import CostFactor
+from experiments.studies.cost_ratio import CostRatio, Factor
 from experiments.studies.early_leads import EarlyLeads
 from experiments.studies.extrapolation import Extrapolation
 from experiments.studies.served_tokens import ServedTokens, cheapest
@@ -23,6 +24,27 @@ def test_a_factor_holds_within_the_range_that_counts_as_the_claimed_one(low, hig
     rows = [("slow", 1e9, 1.0, 1.0, 1.0), ("slow", 1e10, (low + high) / 2, low, high)]
     verdict = study.verdict(pd.DataFrame(rows, columns=["arm", "budget", "factor", "low", "high"]))
     assert verdict.outcome == outcome and "at 1e10 FLOPs" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    "low, high, outcome", [(0.4, 0.9, "holds"), (1.1, 1.4, "does not hold"), (0.9, 1.2, "cannot tell")]
+)
+def test_a_ratio_of_factors_holds_within_the_claimed_range(low, high, outcome):
+    late, early = Factor("slow", "quick", 1e10), Factor("slow", "quick", 1e9)
+    study = CostRatio(*SWEEP, late, early, (0.0, 1.0))
+    rows = [("factor", "slow", "quick", x, y, y, y) for x, y in ((1e9, 4.0), (1e10, 3.0))]
+    rows.append(("ratio", "slow", "slow", np.nan, (low + high) / 2, low, high))
+    verdict = study.verdict(pd.DataFrame(rows, columns=["kind", "arm", "reference", "budget", "factor", "low", "high"]))
+    assert verdict.outcome == outcome and "at 1e10 FLOPs slow takes 3.0" in verdict.sentence
+
+
+def test_the_ratio_of_a_pair_at_two_budgets_is_that_of_its_factors():
+    late, early = (Factor("masked diffusion", "transformer", budget) for budget in (6e11, 2e10))
+    table = CostRatio(*SWEEP, late, early, (0.0, 1.0)).table(pd.DataFrame())
+    factors = table[table.kind == "factor"].set_index("budget").factor
+    ratio = table[table.kind == "ratio"].iloc[0]
+    assert ratio.factor == pytest.approx(factors[6e11] / factors[2e10]) and ratio.low < ratio.factor < ratio.high
+    assert list(factors.index) == [2e10, 6e10, 2e11, 6e11]
 
 
 @pytest.mark.parametrize(
