@@ -21,7 +21,7 @@ def study(**changes):
     return Crossover("c", "s", "r", (1e12, 2.0), 0.15, CORPORA, ARMS | changes, settings, 1000, [0, 1])
 
 
-def rows(exponent, corpora=CORPORA, behind=0.0, wobble=0.01):
+def rows(exponent, corpora=CORPORA, behind=0.0, wobble=0.005):
     """Runs of which diffusion's bound passes 3 bits at 1e12 U^exponent FLOPs, half a doubling above its first number of
     epochs, but stays `behind` on the first corpus where that is above 0."""
     lines = []
