@@ -147,10 +147,12 @@ def scores(root: Path) -> pd.DataFrame:
     was written, predicted, low, high, outcome and inside. Those whose held-out runs are not all finished are left out.
 
     Raises:
-        ValueError: for a prediction that cannot be read.
+        ValueError: for a prediction that cannot be read, or that lies without the plan of its sweep.
     """
     found = []
     for path in sorted(root.glob("*/prediction.json")):
+        if not (path.parent / "plan.json").exists():
+            raise ValueError(f"{path} lies there without the plan.json of its sweep: put that back, or move it away")
         design, prediction = read_design(path.parent), read_prediction(path)
         rows = design.losses(ledger.read(path.parent / "ledger.jsonl"))
         for arm, forecast in prediction.arms.items():

@@ -66,6 +66,16 @@ def test_predictions_of_all_sweeps_are_scored_when_their_runs_are_in(make_sweep,
     assert holdout.record(tmp_path) == PredictionRecord(3, 2)
 
 
+@pytest.mark.parametrize("name", ["plan.json", "prediction.json"])
+def test_a_sweep_that_cannot_be_scored_is_named_and_keeps_no_other_from_its_report(make_sweep, tmp_path, name):
+    make_sweep({"a": {}}, noise=0.002).write(tmp_path / "torn")
+    (tmp_path / "torn" / name).unlink()
+    (tmp_path / "torn" / "prediction.json").touch()
+    with pytest.raises(ValueError, match=r"torn.prediction\.json (lies there without the plan|holds no prediction)"):
+        holdout.scores(tmp_path)
+    assert holdout.record(tmp_path) == PredictionRecord(0, 0)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written": "", "budget": 1, "arms": {"a": {"interval": []}}}'])
 def test_a_file_that_is_no_prediction_is_named(tmp_path, content):
     (tmp_path / "prediction.json").write_text(content)
