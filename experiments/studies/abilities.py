@@ -12,7 +12,7 @@ from scipy.optimize import isotonic_regression
 from experiments.findings import Estimate, Verdict, number
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.study import Cell, Compose, Study, check_named, over_seeds
 from experiments.studies.tuned import evaluations
 
@@ -89,6 +89,7 @@ class Abilities(Study):
             f"curve of the rest, by {pd.concat(among).error.mean():.3f}. Half of the answers are right from a loss of: "
             f"{where} bits per byte."
         )
+        sentence += seeds_to_tell(outcome, effect, self.margin, len(seeds))
         return Verdict(outcome, sentence, effect, self.rule)
 
 

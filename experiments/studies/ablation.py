@@ -20,11 +20,9 @@ from experiments.harness.identity import Run, run_of
 from experiments.harness.run import finished
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.study import Cell, Compose, Stages, Study, check_named
 
-MOST_SEEDS = 1000
-TOO_LITTLE = f" Not even {MOST_SEEDS} seeds would tell so little."
 WINDOWS = 64  # held-out ones that a trained model is looked at on
 
 
@@ -131,11 +129,7 @@ class Ablation(Study):
             f"scatters by {100 * error:.2f} %; bytes of decode state {number(state[best])} for {best}, "
             f"{number(state[rival])} for {rival}."
         )
-        if outcome == "cannot tell":
-            seeds = len(rows) * (half / max(abs(effect.value - self.margin), 1e-9)) ** 2
-            sentence += (
-                f" To tell so little would take {math.ceil(seeds)} seeds." if seeds <= MOST_SEEDS else TOO_LITTLE
-            )
+        sentence += seeds_to_tell(outcome, effect, self.margin, len(rows), len(rows.columns) - 1)
         return Verdict(outcome, sentence + usage(table) + at_an_end(table), effect, self.rule)
 
 

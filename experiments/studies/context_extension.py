@@ -16,7 +16,7 @@ from experiments.harness.parts import open_data
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.by_position import at_length, bits_by_position, recall_by_distance
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 REPORTS = {"bits": bits_by_position, "recall": recall_by_distance}  # what a task is measured by
@@ -165,4 +165,5 @@ class ContextExtension(Study):
             if settings["reports"] == "recall" and len(rows):
                 means = rows.groupby("curve", sort=False).far.mean()
                 sentence += f" Recall from further away: {', '.join(f'{name} {x:.2f}' for name, x in means.items())}."
+        sentence += seeds_to_tell(outcome, effect, 0.0, len(pair))
         return Verdict(outcome, sentence, effect, self.rule)

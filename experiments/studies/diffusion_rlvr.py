@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.findings import Estimate, Verdict
 from experiments.studies.rlvr import said
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.tuned import MEASURES, Tuned, draw, final
 
 
@@ -47,6 +47,7 @@ class DiffusionRLVR(Tuned):
             f"pass@1 by {self.unbiased} less by {best.replace('_', ' ')}, the best of the others: {effect}. Steps that "
             f"the FLOPs paid for: {taken}. At equal steps, {self.level(table)}. {said(ends)}"
         )
+        sentence += seeds_to_tell(outcome, effect, 0.0, len(paired))
         return Verdict(outcome, sentence, effect, self.rule)
 
     def level(self, table: pd.DataFrame) -> str:

@@ -24,6 +24,7 @@ from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
 from experiments.studies.ablation import at_an_end, counted, stage_of, tune
 from experiments.studies.hidden_states import untrained
+from experiments.studies.sides import seeds_to_tell
 from experiments.studies.study import Cell, Compose, Stages, Study
 from experiments.studies.tuned import evaluations
 
@@ -137,6 +138,8 @@ class Grokking(Study):
             f"Held-out answers cost up to {bumps} bits on the way. The {STRONGEST} strongest frequencies have "
             f"{energies[0]} of the embedding's energy at first and {energies[1]} at last."
         )
+        seeds = min(len(values) for values in ratios.values())
+        sentence += seeds_to_tell(outcome, sooner.map(math.log), 0.0, seeds, len(ratios))
         return Verdict(outcome, sentence + at_an_end(table), sooner, self.rule)
 
 

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from omegaconf import OmegaConf
 
 from experiments import CONFIGS
+from experiments.findings import StudyOutcome
 
 NOT_RUN = "not run yet"
 
@@ -63,8 +64,10 @@ def write_index(results: Path, names: list[str]) -> None:
         "",
         "What people say about architectures, and what our runs say to it; each verdict is explained further down, by",
         "its figure. `python -m experiments.study name=...` tests one again. The rule of each was written before its",
-        "runs and stands in its config, in configs/study; where the runs are a sweep's, it was written after them.",
-        "Effects are in the units of their explanation. This page is written by the command.",
+        "runs and stands in its config, in configs/study; where the runs are those of results/architectures, it was",
+        "written after them. Effects are in the units of their explanation. This page is written by the command.",
+        "",
+        _counts([result["verdict"]["outcome"] for result in found.values() if result]),
     ]
     for room in rooms(names):
         lines += ["", f"## {room.title}", "", "| claim | verdict | effect | runs, time |", "|---|---|---|---|"]
@@ -76,6 +79,12 @@ def write_index(results: Path, names: list[str]) -> None:
     devices = sorted({device for result in found.values() if result for device in result["devices"]})
     lines += ["", f"Machines: {'; '.join(devices)}." if devices else "", ""]
     (results / "README.md").write_text("\n".join(lines))
+
+
+def _counts(outcomes: list[str]) -> str:
+    """How many claims have which verdict."""
+    said = ", ".join(f"**{outcome}** {outcomes.count(outcome)}" for outcome in get_args(StudyOutcome))
+    return f"Of {len(outcomes)} claims: {said}. Where more seeds would tell, it says how many."
 
 
 def _row(name: str, result: dict | None) -> str:

@@ -15,7 +15,7 @@ from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
 from experiments.studies.ablation import Ablation, at_an_end, counted
 from experiments.studies.answers import answered
-from experiments.studies.sides import on_their_sides
+from experiments.studies.sides import on_their_sides, seeds_to_tell
 from experiments.studies.study import Cell
 
 
@@ -76,4 +76,5 @@ class Knowledge(Ablation):
             f"{bits[knows]:.2f} bits in {knows} and {bits[than_knows]:.2f} in {than_knows}, all parameters counted. "
             f"Read from {name}."
         )
+        sentence += seeds_to_tell(outcome, effect, self.margin, pairs[name].count())
         return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)

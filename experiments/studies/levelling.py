@@ -14,7 +14,7 @@ from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.report.figures import COLOURS, MARKERS, tick_values
 from experiments.studies.ablation import counted, stage_of, tune
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 
@@ -96,4 +96,5 @@ class Levelling(Study):
             f"{said}. {large} gains {100 * effect.value:.2f} % of the loss [{100 * effect.low:.2f}, "
             f"{100 * effect.high:.2f}] more than {small}."
         )
+        sentence += seeds_to_tell(outcome, effect, 0.0, len(pairs))
         return Verdict(outcome, sentence, effect, self.rule)

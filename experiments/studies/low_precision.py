@@ -16,6 +16,7 @@ from experiments.findings import Estimate, Verdict
 from experiments.harness.identity import run_of
 from experiments.report.figures import COLOURS, MARKERS
 from experiments.studies.ablation import counted, stage_of, tune
+from experiments.studies.sides import seeds_to_tell
 from experiments.studies.study import Cell, Compose, Stages, Study
 
 FULL = "float32"
@@ -99,6 +100,9 @@ class LowPrecision(Study):
         if not said:
             return Verdict(outcome, "Too few pairs of runs to compare.", None, self.rule)
         sentence = f"Loss more than in float32, in %, at the learning rate of float32: {said}."
+        if undecided := [cost for cost in complete if self.margin in cost]:
+            nearest = min(undecided, key=lambda cost: abs(cost.value - self.margin))
+            sentence += seeds_to_tell(outcome, nearest, self.margin, len(losses), len(self.backbones))
         return Verdict(outcome, sentence, worst, self.rule)
 
     def lost(self, losses: pd.DataFrame, format: str) -> pd.DataFrame:

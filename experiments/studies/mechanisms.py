@@ -15,7 +15,7 @@ from archs.language_model import LanguageModel
 from experiments.findings import Estimate, Verdict
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.study import Cell, Compose, Study, check_named, over_seeds
 from experiments.studies.tuned import evaluations
 
@@ -78,6 +78,7 @@ class Mechanisms(Study):
             f"Distance irrelevance of the runs with at least {PASSED} of the held-out sums right: {each}. "
             f"{self.pair[0]} less {self.pair[1]}, seed by seed: {effect:.2f}."
         )
+        sentence += seeds_to_tell(outcome, effect, self.margin, len(pairs))
         return Verdict(outcome, sentence, effect, self.rule)
 
 

@@ -11,7 +11,7 @@ from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
 from experiments.studies.ablation import Ablation, at_an_end, counted
 from experiments.studies.by_position import recall_by_distance
-from experiments.studies.sides import on_their_sides
+from experiments.studies.sides import on_their_sides, seeds_to_tell
 from experiments.studies.study import Cell
 
 JUDGED = {"worst": "recalled at the worst distances", "slope": "lost or won per doubling of the distance"}
@@ -79,4 +79,5 @@ class RecallDistance(Ablation):
         sentence = (
             f"Fraction of answers {JUDGED[self.judged]} (of all recalled): {said}. Read from {name}: {effect:.3f}."
         )
+        sentence += seeds_to_tell(outcome, effect, self.margin, values[name].count())
         return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)

@@ -14,7 +14,7 @@ from experiments.harness.assembly import measure
 from experiments.harness.identity import run_of
 from experiments.harness.parts import open_data
 from experiments.report.figures import COLOURS, MARKERS
-from experiments.studies.sides import above
+from experiments.studies.sides import above, seeds_to_tell
 from experiments.studies.study import Cell, Compose, Study
 
 
@@ -84,6 +84,7 @@ class RepeatedData(Study):
         sentence = (
             f"Best held-out bits per byte: {said}; {champion} less {challenger} is {effect:.3f}. By epochs: {ahead}."
         )
+        sentence += seeds_to_tell(outcome, effect, 0.0, len(lowest))
         return Verdict(outcome, sentence, effect, self.rule)
 
 

@@ -2,15 +2,38 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
-from experiments.findings import Estimate, StudyOutcome
+from experiments.findings import QUANTILES, Estimate, StudyOutcome
+
+MOST_SEEDS = 1000  # that are thought of
 
 
 def above(effect: Estimate, threshold: float) -> StudyOutcome:
     """Return whether a claim holds that lies with an effect above a threshold: as its whole interval says, or "cannot
     tell"."""
     return "holds" if effect.low > threshold else "does not hold" if effect.high < threshold else "cannot tell"
+
+
+def seeds_to_tell(outcome: StudyOutcome, effect: Estimate, threshold: float, seeds: int, groups: int = 1) -> str:
+    """Say how many seeds it would take to tell an effect from a threshold, were effect and scatter as seen; "" where it
+    is told already.
+
+    Args:
+        seeds: that the mean and its interval (Student's t) are of, 2 or more. groups: of so many seeds each, over which
+            the scatter is pooled.
+    """
+    if outcome != "cannot tell":
+        return ""
+    numbers = np.arange(2, MOST_SEEDS + 1)
+    reach = stdtrit(groups * (numbers - 1), QUANTILES[1]) / np.sqrt(numbers)
+    half = (effect.high - effect.low) / 2
+    told = half * reach / reach[seeds - 2] < abs(effect.value - threshold)
+    if not told.any():
+        return f" Not even {MOST_SEEDS} seeds would tell."
+    return f" To tell would take about {numbers[told.argmax()]} seeds."
 
 
 def on_their_sides(

@@ -203,6 +203,7 @@ def test_the_page_has_one_row_per_study_and_explains_those_that_were_run(tmp_pat
     write_index(tmp_path, NAMES)
     page = (tmp_path / "README.md").read_text()
     assert page.count(f"| [c](#recall) | **holds** | {shown} | 3, 2 min |") == 1 == page.count("### recall\n")
+    assert "Of 1 claims: **holds** 1, **does not hold** 0, **cannot tell** 0." in page
     assert page.count("| not run yet |") == len(NAMES) - 1 and page.count("](recall/figure.png)") == 1
     assert len(listing(tmp_path, NAMES).splitlines()) == len(NAMES)
 
