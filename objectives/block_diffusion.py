@@ -42,7 +42,6 @@ class BlockDiffusion(Objective):
     """
 
     samplers = (Unmasking, CachedBlocks)
-    divisible = True
 
     def __init__(self, vocab_size: int, eot: int, block_size: int, timed: bool = False, evaluation_draws: int = 2):
         check_draws(evaluation_draws)

@@ -64,6 +64,11 @@ class Batch:
         """The number of tokens that count in the whole batch, a scalar: what the sums of a loss are divided by."""
         return (self if self.whole is None else self.whole).counted_BT.sum()
 
+    @property
+    def share(self) -> float:
+        """The fraction of the sequences of the whole batch that are here, 1 where it is whole."""
+        return 1.0 if self.whole is None else len(self.tokens_BT) / len(self.whole.tokens_BT)
+
     def part(self, rows: slice) -> Batch:
         """These sequences of the batch, as a part of it."""
         cut = lambda tensors: tensors and {name: x[rows] for name, x in tensors.items()}  # noqa: E731
@@ -204,9 +209,15 @@ class Objective(ABC):
     samplers: the kinds of sampler that can decode it.
     evaluation_draws: passes of the network that `evaluate` takes over a sequence.
     updates: optimiser steps that are taken on one `experience`.
-    divisible: whether the losses of a batch's parts sum to its loss, so that several processes, or passes, can share a
-        step: sums over tokens are divided by what counts in the whole batch (`Batch.all_counted`), and all chance of
-        the loss is drawn in `noise`.
+    answers: sequences of an experience for each sequence of the data.
+    even: whether it brings as many tokens of every sequence through the model.
+    reads_head: whether its loss reads the head of the model.
+    needs_whole: whether it copies the model, has it write while it learns or reads its weights, for which it has to be
+        whole on every device.
+
+    The losses of a batch's parts sum to its loss, so that several processes, or passes, can share a step: sums over
+    tokens are divided by what counts in the whole batch (`Batch.all_counted`), means over sequences weighed by
+    `Batch.share`, and all chance of the loss is drawn in `noise`.
     """
 
     vocab_size: int
@@ -216,7 +227,10 @@ class Objective(ABC):
     samplers: tuple[type[Sampler], ...]
     evaluation_draws: int = 1
     updates: int = 1
-    divisible: bool = False
+    answers: int = 1
+    even: bool = True
+    reads_head: bool = True
+    needs_whole: bool = False
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """
@@ -279,8 +293,8 @@ class Objective(ABC):
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """Return what training minimises, a scalar with gradients: nats per token that counts, each times its weight,
-        and what the objective adds. All chance comes from the generator. Of a part of a batch (`Batch.whole`), where
-        the objective is divisible, its part of that."""
+        and what the objective adds. All chance comes from the generator. Of a part of a batch (`Batch.whole`) its part
+        of that."""
         return mean_nats(self.nats(model, batch, generator), batch.weights_BT, batch.all_counted)
 
     @abstractmethod

@@ -46,7 +46,6 @@ class MaskedDiffusion(Objective):
 
     visibility = BIDIRECTIONAL
     samplers = (Unmasking,)
-    divisible = True
 
     def __init__(
         self,

@@ -36,7 +36,6 @@ class NextToken(Objective):
 
     visibility = CAUSAL
     samplers = (Autoregression,)
-    divisible = True
 
     def __init__(self, vocab_size: int, eot: int, ahead: int = 0, ahead_weight: float = 0.3):
         if ahead < 0:

@@ -44,7 +44,6 @@ class UniformDiffusion(Objective):
 
     visibility = BIDIRECTIONAL
     samplers = (Revise,)
-    divisible = True
 
     def __init__(
         self,

@@ -27,7 +27,8 @@ class Measured:
     """A run's model before it is trained, or even given memory.
 
     forward: FLOPs of one forward pass per token. flops_per_step: what the optimiser costs in each step. objective,
-    optimiser: the parts themselves. balanced: whether a loss of the model is of all tokens of a pass together.
+    optimiser: the parts themselves. averaged: whether a loss of the model is a mean over the tokens of a pass;
+    balanced: whether it is of all of them together.
     """
 
     costs: Costs
@@ -36,6 +37,7 @@ class Measured:
     flops_per_step: float
     objective: Objective
     optimiser: Optimiser
+    averaged: bool
     balanced: bool
 
     def evaluation_flops(self, data: TokenData) -> float:
@@ -91,8 +93,11 @@ def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] 
         for flops in (objective.flops, objective.training_flops)
     )
     per_step = optimiser.flops(model.roles())
-    balanced = any(isinstance(part, Router) and part.balance_loss for part in model.modules())
-    return Measured(costs(model, T, training), forward / T, model.depth, per_step, objective, optimiser, balanced)
+    routers = [part for part in model.modules() if isinstance(part, Router)]
+    balanced = any(router.balance_loss for router in routers)
+    averaged = balanced or any(router.z_loss for router in routers)
+    cost = costs(model, T, training)
+    return Measured(cost, forward / T, model.depth, per_step, objective, optimiser, averaged, balanced)
 
 
 def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation:
@@ -135,8 +140,9 @@ def _check_spread(
     Raises:
         ValueError: for batches that the run's processes and passes cannot share.
     """
-    groups = allocation.sequences // allocation.group
-    least, most = (steps * allocation.group for steps in (groups // allocation.steps, -(-groups // allocation.steps)))
+    groups, objective = allocation.sequences // allocation.group, measured.objective
+    per_step = groups // allocation.steps, -(-groups // allocation.steps)
+    least, most = (n * allocation.group * objective.answers for n in per_step)
     passes = trainer.passes(most)
     asked = f"trainer.devices={trainer.devices}, nodes={trainer.nodes}, microbatch={trainer.microbatch}"
     if trainer.sharded and config.get("adapter"):
@@ -146,19 +152,25 @@ def _check_spread(
             "a model that trainer.strategy=fsdp has cut cannot write answers to be scored: choose ddp, or "
             "data.scoring=null, which scores none"
         )
+    if trainer.sharded and objective.needs_whole:
+        raise ValueError(
+            f"objective={config.objective.name} copies the model, has it write while it learns or reads its weights, "
+            "which one that trainer.strategy=fsdp has cut cannot: choose ddp"
+        )
     if not trainer.divides(most) and not trainer.sharded:
         return
-    if not measured.objective.divisible:
+    if measured.averaged and not objective.even:
         raise ValueError(
-            f"{asked}: batches of objective={config.objective.name} are not cut, since its loss is of whole batches: "
-            "take devices=1, nodes=1, microbatch=null, strategy=auto"
+            f"{asked}: losses of arch={config.arch.name}'s router are means over tokens, and "
+            f"objective={config.objective.name} brings more of some sequences through the model than of others, so "
+            "parts of a batch do not add up: take devices=1 and microbatch=null, or no balance_loss and z_loss"
         )
     if passes > 1 and measured.balanced:
         raise ValueError(
             f"{asked}: the balance of arch={config.arch.name}'s experts is of all tokens of a step together, which "
             f"{passes} passes one after the other do not see: take microbatch=null, or a balance_loss of 0"
         )
-    if least // trainer.processes < passes:
+    if least // allocation.group // trainer.processes < passes:
         raise ValueError(
             f"{asked}: steps of {least} to {most} sequences leave a pass without one: raise budget.batch_tokens or "
             "microbatch, or take fewer devices"

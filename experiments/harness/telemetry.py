@@ -64,7 +64,7 @@ class Telemetry(L.Callback):
                 petaflops=self.allocation.tokens_before(trainer.global_step) * self.allocation.flops_per_token / 1e15,
                 **{name: loss.item() for name, loss in pl_module.auxiliary_losses.items()},
                 **pl_module.model.telemetry(),
-                **pl_module.objective.telemetry(),
+                **pl_module.figures,
             )
 
             if written := pl_module.objective.written()[:SHOWN]:

@@ -184,6 +184,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         data.heldout_bytes,
         config.seed,
         scoring(config, data, measured.objective),
+        data.group,
         settings.passes,
         place,
         settings.spikes(),
@@ -267,11 +268,12 @@ def _in_parts(
     return model, functools.partial(shard, weights=weights)
 
 
-def _strategy(settings: Trainer) -> Strategy | str:
+def _strategy(settings: Trainer, objective: Objective) -> Strategy | str:
     if settings.sharded:
         return ModelParallelStrategy(data_parallel_size=settings.processes, tensor_parallel_size=1)
     # No buffer differs between processes: what changes one is summed over them.
-    return DDPStrategy(broadcast_buffers=False) if settings.processes > 1 else "auto"
+    ddp = functools.partial(DDPStrategy, broadcast_buffers=False, find_unused_parameters=not objective.reads_head)
+    return ddp() if settings.processes > 1 else "auto"
 
 
 def _trainer(prepared: Prepared, evaluations: int, logger: Logger, callbacks: list[L.Callback]) -> L.Trainer:
@@ -280,7 +282,7 @@ def _trainer(prepared: Prepared, evaluations: int, logger: Logger, callbacks: li
         accelerator=prepared.device.type,
         devices=settings.devices,
         num_nodes=settings.nodes,
-        strategy=_strategy(settings),
+        strategy=_strategy(settings, prepared.measured.objective),
         plugins=[TorchElasticEnvironment()] if settings.processes > 1 or settings.sharded else None,
         use_distributed_sampler=False,  # the data module knows whose batches are whose
         precision="bf16-mixed" if prepared.precision == "bf16" else "32-true",

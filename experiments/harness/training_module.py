@@ -31,6 +31,7 @@ class TrainingModule(L.LightningModule):
 
     Attributes, after a step:
         loss: that of the whole batch, auxiliary_losses included.
+        figures: what the objective says of it; where it was taken in parts, their mean.
 
     Attributes, after an evaluation:
         heldout_nats: [held-out sequences] float64.
@@ -55,6 +56,7 @@ class TrainingModule(L.LightningModule):
         heldout_bytes: int,
         seed: int,
         score: Callable[[LanguageModel], dict] | None = None,
+        group: int = 1,
         passes: Callable[[int], int] = lambda sequences: 1,
         shard: Callable[[LanguageModel, DeviceMesh], None] | None = None,
         spikes: Spikes | None = None,
@@ -63,7 +65,7 @@ class TrainingModule(L.LightningModule):
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
-        self.passes, self.shard, self.spikes = passes, shard, spikes
+        self.group, self.passes, self.shard, self.spikes = group, passes, shard, spikes
         self.beside: Sequence[LanguageModel] = objective.begin(model)
         self.learnt_from: tuple[int, Batch] | None = None  # an experience, and the step that it was made in
         self.scores: dict = {}
@@ -96,13 +98,14 @@ class TrainingModule(L.LightningModule):
         loss = self.objective.loss(self.model, batch, generator)
         self.auxiliary_losses = self.model.auxiliary_losses()
         loss = loss + sum(self.auxiliary_losses.values())
-        self.loss = loss.detach()
+        self.loss, self.figures = loss.detach(), self.objective.telemetry()
         return loss
 
     def parts(self, sequences: int) -> list[slice]:
-        """The rows of a batch of so many sequences that this process takes, pass by pass."""
+        """The rows of a batch of so many sequences that this process takes, pass by pass, whole groups of them."""
         number = processes.number() * (passes := self.passes(sequences))
-        bounds = [sequences * part // number for part in range(number + 1)]
+        groups = sequences // self.group
+        bounds = [groups * part // number * self.group for part in range(number + 1)]
         first = processes.rank() * passes
         return [slice(*bounds[i : i + 2]) for i in range(first, first + passes)]
 
@@ -110,13 +113,16 @@ class TrainingModule(L.LightningModule):
         """The loss of the last part, of which the gradient is still to be taken."""
         batch = replace(batch, noise=self.objective.noise(batch, generator))
         totals: dict[str, Tensor] = {}
+        figures: dict[str, float] = {}
 
         def of_part(rows: slice) -> Tensor:
-            share = (rows.stop - rows.start) / len(batch.tokens_BT)
-            losses = {"": self.objective.loss(self.model, batch.part(rows), generator)}
-            losses |= {name: share * loss for name, loss in self.model.auxiliary_losses().items()}
+            part = batch.part(rows)
+            losses = {"": self.objective.loss(self.model, part, generator)}
+            losses |= {name: part.share * loss for name, loss in self.model.auxiliary_losses().items()}
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.detach().double()
+            for name, figure in self.objective.telemetry().items():
+                figures[name] = figures.get(name, 0.0) + part.share * figure
             # Strategies take the mean of gradients over processes.
             return torch.stack(list(losses.values())).sum() * processes.number()
 
@@ -125,8 +131,11 @@ class TrainingModule(L.LightningModule):
             with torch.autocast(self.device.type, enabled=False):  # as around Lightning's own backward pass
                 loss.backward()  # in the forward pass of DDP, which sums gradients after the last
         loss = of_part(parts[-1])
-        summed = processes.summed(torch.stack(list(totals.values()))).float()
-        self.loss, self.auxiliary_losses = summed.sum(), dict(zip(list(totals)[1:], summed[1:], strict=True))
+        shown = loss.new_tensor(list(figures.values()), dtype=torch.float64)
+        summed = processes.summed(torch.cat([torch.stack(list(totals.values())), shown])).float()
+        of_losses, of_figures = summed.split([len(totals), len(figures)])
+        self.loss, self.auxiliary_losses = of_losses.sum(), dict(zip(list(totals)[1:], of_losses[1:], strict=True))
+        self.figures = dict(zip(figures, of_figures.tolist(), strict=True))
         return loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer) -> None:

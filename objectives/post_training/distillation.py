@@ -3,7 +3,8 @@
 Shape letters: B sequences, T tokens, N positions picked out of a batch, V token ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from archs.language_model import LanguageModel
 from objectives.contracts import Batch, Objective, Request
 from objectives.likelihood import mean_nats
 from objectives.post_training.divergences import mixed_kl
+from objectives.post_training.sharing import shared
 from objectives.post_training.tuning import Trained, Tuning, draw_seed, evaluating, prompts_of, seeded, writing_flops
 
 Text = Literal["data", "teacher", "student"]
@@ -63,6 +65,7 @@ class Distillation(Tuning):
                 "predict from the same tokens: choose text=teacher hard=true, which learns from what the teacher writes"
             )
         self.teacher, self.mixture, self.text, self.hard = teacher, mixture, text, hard
+        self.needs_whole = text == "student"
 
     def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:
         """As in `Objective`: the teacher stands still."""
@@ -91,17 +94,27 @@ class Distillation(Tuning):
         T = batch.tokens_BT.shape[1]
         with evaluating(writer.model):
             request = Request(prompts_of(batch), T, generator, stop=(self.eot,))
-            samples = writer.objective.sample(writer.model, request)
+            samples = writer.objective.sample(shared(writer.model), request)
         return Batch(samples.tokens_BT, samples.answers_BT.float())
+
+    def noise(self, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """As in `Objective`: that of the student and that of the teacher, by one seed."""
+        if self.hard:
+            return self.base.noise(batch, generator)
+        seed = draw_seed(generator)
+        of = {"student": self.base, "teacher": self.teacher.objective}
+        drawn = {who: objective.noise(batch, seeded(seed)) for who, objective in of.items()}
+        return {f"{who}.{name}": x for who, noise in drawn.items() for name, x in noise.items()}
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`: nats of divergence per token that counts."""
         if self.hard:
             return self.base.loss(model, batch, generator)
-        seed = draw_seed(generator)
-        student = self.base.predictions(model, batch, seeded(seed))
+        noise = self.noise_of(batch, generator)
+        student = self.base.predictions(model, _noised(batch, noise, "student."), generator)
         with torch.no_grad():
-            teacher = self.teacher.objective.predictions(self.teacher.model, batch, seeded(seed))
+            noised = _noised(batch, noise, "teacher.")
+            teacher = self.teacher.objective.predictions(self.teacher.model, noised, generator)
         if not torch.equal(student.where_BT, teacher.where_BT):
             raise ValueError("teacher and student noise other tokens: give the teacher's objective the same settings")
         log_p_NV, log_teacher_NV = (log_probs(said.logits_NV) for said in (student, teacher))
@@ -109,6 +122,11 @@ class Distillation(Tuning):
         nats_BT = nats_N.new_zeros(batch.tokens_BT.shape).masked_scatter(student.where_BT, nats_N)
         self.figures = {"divergence": nats_N.detach().mean().item()}
         return mean_nats(nats_BT * student.weights_BT.to(nats_BT), batch.weights_BT, batch.all_counted)
+
+
+def _noised(batch: Batch, noise: Mapping[str, Tensor], whose: str) -> Batch:
+    named = {name.removeprefix(whose): x for name, x in noise.items() if name.startswith(whose)}
+    return replace(batch, noise=named)
 
 
 def log_probs(logits_NV: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 Shape letters: B sequences, G of each of P prompts side by side, T tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from objectives.contracts import Batch, Objective, Request, Sampler
 from objectives.decoding.draws import Draw
 from objectives.post_training.divergences import Estimator, kl_estimate
 from objectives.post_training.sampled_likelihood import SampledLikelihood, Trajectory
+from objectives.post_training.sharing import shared, together
 from objectives.post_training.surrogates import Clipped, Surrogate
 from objectives.post_training.tuning import (
     Reward,
@@ -157,6 +158,7 @@ class PolicyGradient(Tuning):
         self.baseline, self.scale, self.normaliser, self.ratio = baseline, scale, normaliser, ratio
         self.surrogate, self.kl, self.correction, self.stale = surrogate, kl, correction, stale
         self.truncated, self.updates = truncated, updates
+        self.answers, self.needs_whole, self.even = group, True, not isinstance(likelihood, Trajectory)
         self.reference: LanguageModel | None = None
         self.of_experience: dict[str, float] = {}
         self.rollouts: list[tuple[Tensor, float]] = []
@@ -187,20 +189,22 @@ class PolicyGradient(Tuning):
         prompts, T = prompts_of(batch), batch.tokens_BT.shape[1]
         with evaluating(model):
             request = Request(prompts, T, generator, self.draw, copies=self.group, stop=(self.eot,))
-            samples = self.base.sample(model, request, self.sampler)
+            samples = self.base.sample(shared(model), request, self.sampler)
             drawn_BT, answer_BT, lengths_B = samples.order_BT >= 0, samples.answers_BT, samples.lengths_B
-            reward_B = self.reward(samples.tokens_BT, answer_BT).to(drawn_BT.device)
+            B, device = len(drawn_BT), drawn_BT.device
+            reward_B = together(lambda rows: self.reward(samples.tokens_BT[rows], answer_BT[rows]).to(device), B)
             ended_B = (answer_BT & (samples.tokens_BT == self.eot)).any(1)
             counted_BT = drawn_BT if self.truncated == "kept" else drawn_BT & ended_B[:, None]
             extras = {"order": samples.order_BT, "seed": torch.full_like(lengths_B, draw_seed(generator))}
             written = Batch(samples.tokens_BT, counted_BT.float(), extras=extras)
+            noised = replace(written, noise=self.noise(written, generator))
             if self._remembers:
-                extras["older"] = self._log_probs(model, written)
+                extras["older"] = together(lambda rows: self._log_probs(model, noised.part(rows)), B)
             if self.correction:
                 sampled_BT = samples.log_probs_BT.where(counted_BT, 0.0).to(extras["older"])
                 extras["weight"] = self.correction.weights(extras["older"], sampled_BT)
-            if self.reference is not None:
-                extras["reference"] = self._log_probs(self.reference, written)
+            if (reference := self.reference) is not None:
+                extras["reference"] = together(lambda rows: self._log_probs(reference, noised.part(rows)), B)
             kept_B = reward_B
             if self.kl and self.kl.place == "reward":
                 moved_BT = kl_estimate(extras["older"], extras["reference"], self.kl.estimator)
@@ -236,6 +240,10 @@ class PolicyGradient(Tuning):
                 advantage_PG = advantage_PG / (reward_PG.std() + LITTLE)
         return advantage_PG
 
+    def noise(self, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """As in `Objective`: by the seed of the experience."""
+        return self.likelihood.noise(self.base, batch, seeded(int(batch.extras["seed"][0])))
+
     def _log_probs(self, model: LanguageModel, batch: Batch) -> Tensor:
         """Log-probabilities [B, T], by noise that is the same in every reading of one experience."""
         return self.likelihood.log_probs(self.base, model, batch, seeded(int(batch.extras["seed"][0])))
@@ -262,11 +270,12 @@ class PolicyGradient(Tuning):
             fresh_B = (log_ratio_BT.detach().sum(1) / length_B1[:, 0] >= -self.stale) | (extras["advantage"] >= 0)
             gain_BT = gain_BT * fresh_B[:, None]
         gain_BT = gain_BT.where(counted_BT, 0.0)
+        sequences = len((batch.whole or batch).tokens_BT)
         match self.normaliser:
             case "sequences":
-                return -gain_BT.sum() / len(gain_BT)
+                return -gain_BT.sum() / sequences
             case "length":
-                return -(gain_BT / length_B1).sum() / len(gain_BT)
+                return -(gain_BT / length_B1).sum() / sequences
             case "tokens":
-                return -gain_BT.sum() / counted_BT.sum().clamp(min=1)
+                return -gain_BT.sum() / batch.all_counted.clamp(min=1)
         raise ValueError(f"normaliser={self.normaliser!r} must be one of sequences, length, tokens")

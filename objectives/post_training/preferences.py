@@ -3,7 +3,7 @@
 Shape letters: B sequences (chosen and rejected in turn), P pairs, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from archs.language_model import LanguageModel
 from objectives.contracts import Batch, Objective
-from objectives.post_training.tuning import Tuning, draw_seed, seeded, standing_still
+from objectives.post_training.tuning import Tuning, draw_seed, readings, repeated_noise, seeded, standing_still
 
 Form = Literal["dpo", "dpo_by_length", "ipo", "simpo"]
 
@@ -62,6 +62,7 @@ class Preferences(Tuning):
         if draws < 1:
             raise ValueError(f"draws={draws} must be at least 1")
         self.form, self.beta, self.margin, self.smoothing, self.draws = form, beta, margin, smoothing, draws
+        self.needs_whole = form != "simpo"
         self.reference: LanguageModel | None = None
 
     def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:
@@ -74,11 +75,13 @@ class Preferences(Tuning):
         reference = 0.0 if self.form == "simpo" else self.base.flops(model, T, counted)
         return self.draws * (self.base.training_flops(model, T, counted) + reference)
 
-    def log_likelihood(self, model: LanguageModel, batch: Batch, seed: int) -> Tensor:
-        """log p [B] of the answers, or its bound."""
-        generator = seeded(seed)
-        draws = [-self.base.nats(model, batch, generator).sum(1) for _ in range(self.draws)]
-        return torch.stack(draws).mean(0)
+    def noise(self, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """As in `Objective`, of all draws of the bound."""
+        return repeated_noise(self.base, batch, self.draws, seeded(draw_seed(generator)))
+
+    def log_likelihood(self, model: LanguageModel, noised: Sequence[Batch], generator: Generator) -> Tensor:
+        """log p [B] of the answers, or its bound by these readings."""
+        return torch.stack([-self.base.nats(model, batch, generator).sum(1) for batch in noised]).mean(0)
 
     def loss(self, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         """As in `Objective`, in the mean over pairs.
@@ -91,11 +94,11 @@ class Preferences(Tuning):
                 "preferences are learnt from windows of chosen and rejected answers in turn: choose such data, as "
                 "data=preferences"
             )
-        seed = draw_seed(generator)
-        score_B = self.log_likelihood(model, batch, seed)
+        noised = readings(batch, self.noise_of(batch, generator), self.draws)
+        score_B = self.log_likelihood(model, noised, generator)
         if self.reference is not None:
             with torch.no_grad():
-                reference_B = self.log_likelihood(self.reference, batch, seed)
+                reference_B = self.log_likelihood(self.reference, noised, generator)
             score_B = score_B - reference_B
         if self.form != "dpo":
             score_B = score_B / batch.counted_BT.sum(1)
@@ -108,6 +111,7 @@ class Preferences(Tuning):
             "rejected_score": rejected_P.mean().item(),
         }
         if self.form == "ipo":
-            return (h_P - 1 / (2 * self.beta)).square().mean()
+            return (h_P - 1 / (2 * self.beta)).square().mean() * batch.share
         z_P = self.beta * (h_P - self.margin)
-        return -((1 - self.smoothing) * F.logsigmoid(z_P) + self.smoothing * F.logsigmoid(-z_P)).mean()
+        nats_P = -((1 - self.smoothing) * F.logsigmoid(z_P) + self.smoothing * F.logsigmoid(-z_P))
+        return nats_P.mean() * batch.share

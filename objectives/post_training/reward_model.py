@@ -36,6 +36,7 @@ class RewardModel(Objective):
     """
 
     samplers = ()
+    reads_head = False
     model_options: Mapping[str, Any] = {"scored": True}
 
     def __init__(self, vocab_size: int, eot: int, causal: bool = True, margin: float = 0.0, centring: float = 0.01):
@@ -79,7 +80,7 @@ class RewardModel(Objective):
             "preference_accuracy": (chosen_P > rejected_P).double().mean().item(),
             "reward_mean": reward_B.mean().item(),
         }
-        return nats_P.mean() + self.centring * (chosen_P + rejected_P).square().mean()
+        return (nats_P.mean() + self.centring * (chosen_P + rejected_P).square().mean()) * batch.share
 
     def telemetry(self) -> dict[str, float]:
         return self.figures

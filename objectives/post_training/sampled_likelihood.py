@@ -8,6 +8,7 @@ Shape letters: B sequences, T tokens, K passes, N sequences that passes gave som
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from objectives.contracts import Batch, Objective
 from objectives.masked_diffusion import MaskedDiffusion
 from objectives.next_token import NextToken
 from objectives.noise import uniform
+from objectives.post_training.tuning import readings, repeated_noise
 
 Masked = MaskedDiffusion | BlockDiffusion
 
@@ -27,6 +29,14 @@ class SampledLikelihood(ABC):
     """A stand-in for log p of sequences that were sampled. bases: the objectives that it can be read from."""
 
     bases: tuple[type[Objective], ...]
+
+    def noise(self, base: Objective, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """Draw what chance decides of `log_probs`, as in `Objective`."""
+        return {}
+
+    def noise_of(self, base: Objective, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        """The noise that was drawn for a batch, or is drawn now."""
+        return self.noise(base, batch, generator) if batch.noise is None else batch.noise
 
     def check(self, base: Objective) -> None:
         """
@@ -68,8 +78,12 @@ class Bound(SampledLikelihood):
     draws: int = 1
     bases = (MaskedDiffusion, BlockDiffusion)
 
+    def noise(self, base: Objective, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        return repeated_noise(base, batch, self.draws, generator)
+
     def log_probs(self, base: Objective, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
-        return -torch.stack([base.nats(model, batch, generator) for _ in range(self.draws)]).mean(0)
+        noised = readings(batch, self.noise_of(base, batch, generator), self.draws)
+        return -torch.stack([base.nats(model, reading, generator) for reading in noised]).mean(0)
 
     def passes(self, drawn: int) -> float:
         return float(self.draws)
@@ -88,6 +102,8 @@ class Trajectory(SampledLikelihood):
         pass_K11 = torch.arange(K, device=order_BT.device)[:, None, None]
         masked_KBT, now_KBT = (order_BT >= pass_K11) & counted_BT, (order_BT == pass_K11) & counted_BT
         some_KB = now_KBT.any(-1)  # a sequence that a pass gave nothing takes no part in its replay
+        if batch.whole is not None and not some_KB.any():
+            some_KB[0, 0] = True  # of nothing, since other processes wait for the gradients of all weights
         where = some_KB.nonzero(as_tuple=True)
         starts = None if batch.starts_BT is None else batch.starts_BT[where[1]]
         replay = Batch(batch.tokens_BT[where[1]], batch.weights_BT[where[1]], starts)
@@ -106,10 +122,13 @@ class OneStep(SampledLikelihood):
     mask_prompt: float = 0.0
     bases = (MaskedDiffusion,)
 
+    def noise(self, base: Objective, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        return {"hidden": uniform(batch.counted_BT.shape, generator) < self.mask_prompt}
+
     def log_probs(self, base: Objective, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         assert isinstance(base, MaskedDiffusion)
         counted_BT = batch.counted_BT
-        hidden_BT = (uniform(counted_BT.shape, generator) < self.mask_prompt).to(counted_BT.device) | counted_BT
+        hidden_BT = self.noise_of(base, batch, generator)["hidden"].to(counted_BT.device) | counted_BT
         return -base.masked_nats(model, batch, hidden_BT) * counted_BT
 
     def passes(self, drawn: int) -> float:
@@ -126,12 +145,17 @@ class Coupled(SampledLikelihood):
     high: float = 0.8
     bases = (MaskedDiffusion,)
 
+    def noise(self, base: Objective, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        B, T = batch.tokens_BT.shape
+        t_B1 = self.low + (self.high - self.low) * uniform((B, 1), generator)
+        return {"fraction": t_B1, "hit": uniform((B, T), generator) < t_B1}
+
     def log_probs(self, base: Objective, model: LanguageModel, batch: Batch, generator: Generator) -> Tensor:
         assert isinstance(base, MaskedDiffusion)
         counted_BT, device = batch.counted_BT, batch.tokens_BT.device
-        t_B1 = self.low + (self.high - self.low) * uniform((len(counted_BT), 1), generator)
-        part_BT = (uniform(counted_BT.shape, generator) < t_B1).to(device) & counted_BT
-        rest_BT, t_B1 = counted_BT & ~part_BT, t_B1.to(device)
+        noise = self.noise_of(base, batch, generator)
+        part_BT, t_B1 = noise["hit"].to(device) & counted_BT, noise["fraction"].to(device)
+        rest_BT = counted_BT & ~part_BT
         three = replace(batch, tokens_BT=batch.tokens_BT.repeat(3, 1), weights_BT=batch.weights_BT.repeat(3, 1))
         masked = torch.cat([counted_BT, part_BT, rest_BT])
         whole_BT, first_BT, second_BT = base.masked_nats(model, replace(three, extras={}), masked).chunk(3)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -69,6 +69,9 @@ class Tuning(Objective):
     def telemetry(self) -> dict[str, float]:
         return self.figures
 
+    def noise(self, batch: Batch, generator: Generator) -> Mapping[str, Tensor]:
+        return self.base.noise(batch, generator)
+
     def predictions(self, model: Model, batch: Batch, generator: Generator) -> Predictions:
         return self.base.predictions(model, batch, generator)
 
@@ -118,6 +121,17 @@ def draw_seed(generator: Generator) -> int:
 
 def seeded(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def repeated_noise(base: Objective, batch: Batch, draws: int, generator: Generator) -> dict[str, Tensor]:
+    """The noise of a base for so many readings of a batch, by name, [B, draws, ...]."""
+    drawn = [base.noise(batch, generator) for _ in range(draws)]
+    return {name: torch.stack([noise[name] for noise in drawn], 1) for name in drawn[0]}
+
+
+def readings(batch: Batch, noise: Mapping[str, Tensor], draws: int) -> list[Batch]:
+    """The batch with each draw of a `repeated_noise`."""
+    return [replace(batch, noise={name: x[:, i] for name, x in noise.items()}) for i in range(draws)]
 
 
 def prompts_of(batch: Batch) -> list[Tensor]:

@@ -43,7 +43,7 @@ class Wiring(Tuning):
         super().__init__(base, eot)
         if not strength >= 0:
             raise ValueError(f"strength={strength} must be at least 0")
-        self.strength, self.by_length = strength, by_length
+        self.strength, self.by_length, self.needs_whole = strength, by_length, True
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """As in `Objective`; and refuses a model whose units have no place."""
@@ -55,7 +55,7 @@ class Wiring(Tuning):
         """As in `Objective`: that of the base and the penalty."""
         loss, cost = self.base.loss(model, batch, generator), self.cost(model)
         self.figures = self.base.telemetry() | {"wiring": cost.detach().item()}
-        return loss + self.strength * cost
+        return loss + self.strength * cost * batch.share
 
     def cost(self, model: LanguageModel) -> Tensor:
         """The sum of |w_ij| d_ij, a scalar with gradients."""

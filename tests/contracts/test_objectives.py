@@ -105,7 +105,6 @@ def test_the_losses_of_the_parts_of_a_batch_sum_to_its_loss_and_what_a_part_hold
     whole = replace(whole, weights_BT=weights_BT.double() * torch.arange(5)[:, None], starts_BT=starts_BT)
     loss = objective.loss(model, whole, generator())
     noised = replace(whole, noise=objective.noise(whole, generator()))
-    assert objective.divisible
     parts = [objective.loss(model, noised.part(slice(*rows)), generator(9)) for rows in ((0, 1), (1, 3), (3, 5))]
     torch.testing.assert_close(sum(parts), loss)
 

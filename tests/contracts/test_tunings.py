@@ -121,3 +121,42 @@ def test_the_flops_of_an_experience_and_a_step_are_those_that_run(tuning):
     planned = objective.training_flops(model, LENGTH, (LENGTH - 20) / LENGTH)
     # Pairs that are not seen run all the same here, and a cache is padded; a tenth in all at this size.
     assert planned == pytest.approx(run, rel=0.1)
+
+
+@every
+def test_the_losses_of_the_parts_of_an_experience_sum_to_its_loss_and_what_a_part_holds_draws_nothing(tuning, base):
+    objective = build_tuning(tuning, base)
+    if objective is None:
+        return
+    model = model_for(objective)
+    objective.begin(model)
+    whole = objective.experience(model, questions(8), generator())
+    with torch.no_grad():
+        model.head.weight.mul_(1.1)  # no longer the model that wrote, and that it is compared with
+    loss = objective.loss(model, whole, generator(3))
+    noised = replace(whole, noise=objective.noise(whole, generator(3)))
+    rows = (slice(0, 2), slice(2, 6), slice(6, len(whole.tokens_BT)))
+    parts = [objective.loss(model, noised.part(part), generator(9)) for part in rows]
+    torch.testing.assert_close(sum(parts), loss)
+
+
+@pytest.mark.parametrize("name", ["Bound", "Coupled", "OneStep", "Trajectory"])
+def test_the_likelihoods_of_the_parts_of_what_was_written_are_those_of_the_whole(name):
+    likelihood_of = f"likelihood._target_=objectives.post_training.sampled_likelihood.{name}"
+    objective = build_tuning("diffusion_grpo", "masked_diffusion", likelihood_of)
+    assert isinstance(objective, PolicyGradient)
+    model = model_for(objective)
+    whole = objective.experience(model, questions(), generator())
+    noised = replace(whole, noise=objective.noise(whole, generator(3)))
+    parts = [objective._log_probs(model, noised.part(rows)) for rows in (slice(0, 3), slice(3, len(whole.tokens_BT)))]
+    torch.testing.assert_close(torch.cat(parts), objective._log_probs(model, whole))
+
+
+def test_a_part_of_which_nothing_counts_has_a_gradient_for_every_weight_as_other_processes_wait_for():
+    objective = build_tuning("diffusion_grpo", "masked_diffusion")
+    assert isinstance(objective, PolicyGradient)
+    model = model_for(objective, "gated_delta_hybrid")
+    whole = objective.experience(model, questions(), generator())
+    none = replace(whole, weights_BT=torch.zeros_like(whole.weights_BT), noise={}).part(slice(0, 2))
+    objective.loss(model, none, generator()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
