@@ -7,6 +7,7 @@ pairs of a token and an expert, sorted by expert.
 import torch
 from torch import Tensor, nn
 
+from archs.channels.exchange import Exchange
 from archs.channels.experts import ExpertLinear
 from archs.channels.mlp import MLP, activate, check_activation, hidden_width
 from archs.channels.pairs import Pairs
@@ -20,6 +21,8 @@ class MoE(Channel):
 
     No expert has a capacity, so no token is dropped. Experts that no token chose in a training step get a gradient
     of zero.
+
+    exchange: the way to the processes of experts that are dealt out; None where all are here.
 
     Args:
         width: model width.
@@ -76,6 +79,7 @@ class MoE(Channel):
             self.shared = MLP(width, activation=activation, gated=gated, hidden=shared_hidden, bias=bias)
         if shared_gate:
             self.shared_gate = nn.Linear(width, 1, bias=False)
+        self.exchange: Exchange | None = None
         # Of the last training forward: choices of each expert, and pairs of a token and an expert asked and computed.
         self.load_E: Tensor | None = None
         self.asked = self.computed = 0
@@ -85,8 +89,8 @@ class MoE(Channel):
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, load_E = self.router(x_ND)
         pairs = Pairs.of(chosen_NK)
-        hidden = activate(self.gate_up(pairs.spread(x_ND), load_E), self.activation, self.gated)
-        y_PD = self.out_proj(hidden, load_E)
+        x_PD = pairs.spread(x_ND)
+        y_PD = self._routed(x_PD, load_E) if self.exchange is None else self.exchange(self._routed, x_PD, load_E)
         y_ND = pairs.collect(y_PD, gates_NK.to(y_PD.dtype))
         if self.training:
             self.load_E, self.asked, self.computed = load_E, chosen_NK.numel(), len(y_PD)
@@ -95,6 +99,11 @@ class MoE(Channel):
             return y_BTD
         shared_BTD = self.shared(x_BTD)
         return y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
+
+    def _routed(self, x_PD: Tensor, load_E: Tensor) -> Tensor:
+        """Bring rows x [P, D], sorted by expert, through the experts that are here."""
+        hidden = activate(self.gate_up(x_PD, load_E), self.activation, self.gated)
+        return self.out_proj(hidden, load_E)
 
     def residual_projections(self) -> tuple[nn.Module, ...]:
         return (self.out_proj,) if self.shared is None else (self.out_proj, self.shared.out_proj)

@@ -28,7 +28,7 @@ class Measured:
 
     forward: FLOPs of one forward pass per token. flops_per_step: what the optimiser costs in each step. objective,
     optimiser: the parts themselves. averaged: whether a loss of the model is a mean over the tokens of a pass;
-    balanced: whether it is of all of them together.
+    balanced: whether it is of all of them together. experts: the numbers of experts in its mixtures.
     """
 
     costs: Costs
@@ -39,6 +39,7 @@ class Measured:
     optimiser: Optimiser
     averaged: bool
     balanced: bool
+    experts: frozenset[int]
 
     def evaluation_flops(self, data: TokenData) -> float:
         """Returns what one evaluation on all held-out tokens costs."""
@@ -97,7 +98,8 @@ def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] 
     balanced = any(router.balance_loss for router in routers)
     averaged = balanced or any(router.z_loss for router in routers)
     cost = costs(model, T, training)
-    return Measured(cost, forward / T, model.depth, per_step, objective, optimiser, averaged, balanced)
+    experts = frozenset(router.experts for router in routers)
+    return Measured(cost, forward / T, model.depth, per_step, objective, optimiser, averaged, balanced, experts)
 
 
 def spend(config: DictConfig, data: TokenData, measured: Measured) -> Allocation:
@@ -145,6 +147,7 @@ def _check_spread(
     least, most = (n * allocation.group * objective.answers for n in per_step)
     passes = trainer.passes(most)
     asked = f"trainer.devices={trainer.devices}, nodes={trainer.nodes}, microbatch={trainer.microbatch}"
+    _check_experts(config, trainer, measured)
     if trainer.sharded and config.get("adapter"):
         raise ValueError("trainer.strategy=fsdp does not cut models with adapters: choose ddp, or adapter=none")
     if trainer.sharded and data.environment is not None and config.data.get("scoring"):
@@ -174,4 +177,24 @@ def _check_spread(
         raise ValueError(
             f"{asked}: steps of {least} to {most} sequences leave a pass without one: raise budget.batch_tokens or "
             "microbatch, or take fewer devices"
+        )
+
+
+def _check_experts(config: DictConfig, trainer: Trainer, measured: Measured) -> None:
+    """
+    Raises:
+        ValueError: for experts that cannot be dealt out as they are asked to be.
+    """
+    if trainer.experts == 1:
+        return
+    asked = f"trainer.experts={trainer.experts}"
+    if trainer.sharded:
+        raise ValueError(f"{asked} deals out experts beside copies of all else: take strategy=ddp, or experts=1")
+    if trainer.processes % trainer.experts:
+        raise ValueError(f"{asked} does not divide the {trainer.processes} processes: choose a number that does")
+    if not measured.experts:
+        raise ValueError(f"{asked}: arch={config.arch.name} has no experts: take experts=1, or a mixture of experts")
+    if rest := [number for number in sorted(measured.experts) if number % trainer.experts]:
+        raise ValueError(
+            f"{asked} does not divide the {rest[0]} experts of arch={config.arch.name}: choose a number that does"
         )

@@ -24,7 +24,7 @@ from experiments.terminal import given, sentence
 
 SESSION = "session"
 # How a run is spread, and what stands for it in every identity; None for what stands in none.
-SPREAD = {"devices": 1, "nodes": 1, "strategy": "auto", "microbatch": None, "recompute": None}
+SPREAD = {"devices": 1, "nodes": 1, "strategy": "auto", "experts": None, "microbatch": None, "recompute": None}
 
 
 @dataclass(frozen=True)

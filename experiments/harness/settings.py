@@ -80,6 +80,7 @@ class TrainerSettings(Settings):
     devices: Count = 1
     nodes: Count = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    experts: Count = 1
     microbatch: Count | None = None
     recompute: bool = False
 

@@ -31,6 +31,7 @@ class Trainer:
         nodes: machines.
         strategy: "ddp", a copy of the model on each device; "fsdp", weights, gradients and the optimiser's state cut
             between them; "auto", a copy.
+        experts: processes that the experts of a mixture are dealt out to; 1 for all of them on each.
         microbatch: most sequences of a forward pass on one device, None for all that it has of a batch.
         recompute: whether the backward pass runs each block again, so that only what goes into it is kept.
 
@@ -47,6 +48,7 @@ class Trainer:
     devices: int = 1
     nodes: int = 1
     strategy: str = "auto"
+    experts: int = 1
     microbatch: int | None = None
     recompute: bool = False
     skip_spikes: float | None = None

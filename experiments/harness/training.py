@@ -30,6 +30,7 @@ from experiments.harness.accuracy import accuracy
 from experiments.harness.assembly import Prepared
 from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
+from experiments.harness.expert_parallel import DealtExperts
 from experiments.harness.failures import first_telling_line, forget, keep
 from experiments.harness.files import replacing, write_atomically
 from experiments.harness.identity import Run
@@ -162,13 +163,15 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     if first:
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(config))
     L.seed_everything(config.seed, verbose=False)
-    adapter, place = build_adapter(config), None
+    adapter, place, experts = build_adapter(config), None, None
     if settings.sharded:
         model, place = _in_parts(run, measured.objective, prepared.compiled)
     else:
         model = _whole(run, measured.objective)
         if adapter:
             adapter.adapt(model)
+        if settings.experts > 1:
+            experts = DealtExperts(model, settings.experts, prepared.device)
         if prepared.compiled:
             model.hidden = torch.compile(model.hidden)
     for block in (*model.blocks, *(ahead.block for ahead in model.ahead)):
@@ -188,6 +191,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         settings.passes,
         place,
         settings.spikes(),
+        experts,
     )
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
@@ -222,6 +226,8 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     if first:
         with replacing(folder / "heldout_nats.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, module.heldout_nats)
+    if experts is not None:
+        experts.join()
     if adapter:
         if first:
             save(model, folder / "adapter")

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from archs.language_model import LanguageModel
 from experiments.harness import processes
+from experiments.harness.expert_parallel import DealtExperts
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.schedules import Schedule, scheduled
 from experiments.harness.spikes import Spikes
@@ -60,12 +61,16 @@ class TrainingModule(L.LightningModule):
         passes: Callable[[int], int] = lambda sequences: 1,
         shard: Callable[[LanguageModel, DeviceMesh], None] | None = None,
         spikes: Spikes | None = None,
+        experts: DealtExperts | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
         self.group, self.passes, self.shard, self.spikes = group, passes, shard, spikes
+        self.experts = experts
+        if experts is not None:
+            experts.leave_to_us(self)
         self.beside: Sequence[LanguageModel] = objective.begin(model)
         self.learnt_from: tuple[int, Batch] | None = None  # an experience, and the step that it was made in
         self.scores: dict = {}
@@ -146,13 +151,19 @@ class TrainingModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.model.after_step()
 
+    def on_after_backward(self) -> None:
+        if self.experts is not None:
+            self.experts.take_mean()
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
-        self.gradient_norm = processes.gathered(norm)
+        clip = torch.nn.utils.clip_grad_norm_ if self.experts is None else self.experts.clip
+        self.gradient_norm = processes.gathered(clip(self.parameters(), self.gradient_clip))
         if self.spikes and self.spikes.at(self.global_step, float(self.gradient_norm)):
             self.zero_grad()  # what has no gradient is not moved, by momentum and decay either
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.experts is not None:
+            self.experts.gather(checkpoint, self, self.trainer.optimizers[0])
         if self.spikes:
             checkpoint["spikes"] = self.spikes.state()
         if self.objective.updates > 1 and self.learnt_from is not None:
@@ -160,6 +171,8 @@ class TrainingModule(L.LightningModule):
             checkpoint["learnt_from"] = step, batch.tokens_BT, batch.weights_BT, batch.starts_BT, dict(batch.extras)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.experts is not None:  # before Lightning builds the optimiser, of which the order is asked
+            self.experts.deal(checkpoint, self, self.configure_optimizers()["optimizer"])
         if self.spikes:
             self.spikes.load(checkpoint["spikes"])
         if "learnt_from" in checkpoint:

@@ -32,6 +32,7 @@ KL = "objective.build.kl={_target_: objectives.post_training.policy_gradient.KLP
 BASES = {
     "text": (*TASK, "budget.flops=4e8", "budget.batch_tokens=128"),
     "filled": (*FILLED, "objective=masked_diffusion", "budget.flops=4e8", "budget.batch_tokens=128"),
+    "mixture": (*TASK, "arch=qwen3_moe", "budget.flops=2e8"),
     "pairs": (*PAIRS, "budget.flops=1e8"),
     "judge": (*PAIRS, "objective=reward_model", "budget.flops=1e8"),
 }
@@ -52,6 +53,7 @@ RUNS = {
     "no reference": ("pairs", (*PAIRS, "objective=simpo", "budget.flops=5e7"), DDP + FSDP),
     "own text": ("filled", (*TASK, *TAUGHT, "objective.models.teacher=text", "objective.build.text=student"), DDP),
     "taught": ("text", (*FILLED, *TAUGHT, *MASKED, "objective.models.teacher=filled", "data.scoring=null"), DDP + FSDP),
+    "mixture": ("mixture", (*TASK, *RL, KL, "arch=qwen3_moe"), ("trainer.experts=2",)),
     "wiring": ("text", (*TASK, "objective=wiring", "objective.build.strength=0.01", "budget.flops=2e7"), DDP),
 }
 
