@@ -144,6 +144,12 @@ def block_for(size: int, most: int) -> int:
     return min(most, max(16, power_of_two(size)))
 
 
+def chunk_for(K: int, V: int, dtype: torch.dtype) -> int:
+    """Return the tokens of a chunk of the delta rules, writes where a token has several: wide heads leave memory for
+    half as many, in float32 above 32 dimensions already, since its products are of three parts."""
+    return 64 if max(K, V) <= (32 if dtype == torch.float32 else 128) else 32
+
+
 def precision_for(dtype: torch.dtype) -> str:
     """Return the precision of `tl.dot`: TF32; for float32 in three parts that together keep its precision."""
     return "tf32x3" if dtype == torch.float32 else "tf32"

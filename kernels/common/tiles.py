@@ -9,6 +9,8 @@ Shape letters: C tokens of a chunk, D dimensions of a head, of which a program h
 import triton
 import triton.language as tl
 
+PART = 16  # rows of the blocks on the diagonal that are inverted row by row
+
 
 @triton.jit
 def decay_between(sums, strict: tl.constexpr, C: tl.constexpr):
@@ -25,6 +27,30 @@ def decay_between(sums, strict: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse_of(a, PART: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (I + a)^-1 of a strictly lower triangular [C, C]. The blocks on the diagonal are found row by row, stable
+    whatever the size of their entries; those below from the ones beside them, twice as large at every level."""
+    P: tl.constexpr = C // PART
+    p, i = tl.arange(0, P), tl.arange(0, PART)
+    diagonal = (p[:, None] == p[None])[:, None, :, None]
+    parts = tl.sum(tl.where(diagonal, tl.reshape(a, (P, PART, P, PART)), 0.0), 2)
+    inverse = tl.where((i[:, None] == i[None])[None], 1.0, tl.zeros_like(parts))
+    for row in range(1, PART):
+        this = (i == row)[None, :, None]
+        of_row = tl.sum(tl.where(this, parts, 0.0), 1)
+        new = (i == row).to(tl.float32)[None] - tl.sum(of_row[:, :, None] * inverse, 1)
+        inverse = tl.where(this, new[:, None, :], inverse)
+    whole = tl.reshape(tl.where(diagonal, inverse[:, :, None, :], 0.0), (C, C))
+    i = tl.arange(0, C)
+    for level in tl.static_range(4):
+        if PART << level < C:
+            block = i // (PART << level)
+            below = (block[:, None] == block[None] + 1) & (block % 2 == 1)[:, None]
+            whole += product(whole, product(tl.where(below, -a, 0.0), whole, PRECISION), PRECISION)
+    return whole
 
 
 @triton.jit

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from kernels.common.tiles import (
     decay_between,
+    inverse_of,
     numbers,
     product,
     put_state,
@@ -40,7 +41,6 @@ from kernels.common.tiles import (
     tokens,
 )
 
-PART = 16  # rows of the blocks on the diagonal that are inverted row by row
 # No gate is taken as less: none of its e^G would differ, and larger sums, as of -inf, would lose what follows a reset.
 LEAST_GATE = tl.constexpr(-1e5)
 
@@ -79,30 +79,6 @@ def gates_from(sums, at, end, HV, hv, C: tl.constexpr):
     G = tl.load(sums + i.to(tl.int64) * HV + hv)
     last = tl.load(sums + (tl.minimum(at + C, end).to(tl.int64) - 1) * HV + hv)
     return G, tl.exp(G.to(tl.float32)), tl.exp((last - G).to(tl.float32)), tl.exp(last.to(tl.float32))
-
-
-@triton.jit
-def inverse_of(a, PART: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Return (I + a)^-1 of a strictly lower triangular [C, C]. The blocks on the diagonal are found row by row, stable
-    whatever the size of their entries; those below from the ones beside them, twice as large at every level."""
-    P: tl.constexpr = C // PART
-    p, i = tl.arange(0, P), tl.arange(0, PART)
-    diagonal = (p[:, None] == p[None])[:, None, :, None]
-    parts = tl.sum(tl.where(diagonal, tl.reshape(a, (P, PART, P, PART)), 0.0), 2)
-    inverse = tl.where((i[:, None] == i[None])[None], 1.0, tl.zeros_like(parts))
-    for row in range(1, PART):
-        this = (i == row)[None, :, None]
-        of_row = tl.sum(tl.where(this, parts, 0.0), 1)
-        new = (i == row).to(tl.float32)[None] - tl.sum(of_row[:, :, None] * inverse, 1)
-        inverse = tl.where(this, new[:, None, :], inverse)
-    whole = tl.reshape(tl.where(diagonal, inverse[:, :, None, :], 0.0), (C, C))
-    i = tl.arange(0, C)
-    for level in tl.static_range(4):
-        if PART << level < C:
-            block = i // (PART << level)
-            below = (block[:, None] == block[None] + 1) & (block % 2 == 1)[:, None]
-            whole += product(whole, product(tl.where(below, -a, 0.0), whole, PRECISION), PRECISION)
-    return whole
 
 
 @triton.jit

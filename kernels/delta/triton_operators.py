@@ -14,22 +14,18 @@ from kernels.common.launch import (
     block_for,
     block_sizes,
     check_dtype,
+    chunk_for,
     fill_card,
     launch_kernel,
     power_of_two,
     precision_for,
 )
 from kernels.common.packing import boundaries, sequence_count, slot_count, takes_steps
+from kernels.common.tiles import PART
 from kernels.delta import triton_kernels as kernels
 from kernels.delta.chunked import gated_delta_rule_flops
 
 LARGEST_HEAD = 256
-
-
-def chunk_for(K: int, V: int, dtype: torch.dtype) -> int:
-    """Return the tokens of a chunk: wide heads leave memory for half as many, in float32 above 32 dimensions already,
-    since its products are of three parts."""
-    return 64 if max(K, V) <= (32 if dtype == torch.float32 else 128) else 32
 
 
 def _slots(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, length: int) -> int:
@@ -45,7 +41,7 @@ def _launchers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengt
     C, sequences = chunk_for(K, V, v.dtype), sequence_count(q.shape[0] // length, cu_seqlens)
     BLOCK_V = fill_card(block_for(V, sizes.columns), V, HV * sequences, q)
     named = {"cu_seqlens": cu_seqlens, "length": length, "sequences": sequences, "HV": HV, "H": H, "K": K, "V": V}
-    named |= {"ROW_Q": q.stride(0), "ROW_K": k.stride(0), "ROW_V": v.stride(0), "C": C, "PART": kernels.PART}
+    named |= {"ROW_Q": q.stride(0), "ROW_K": k.stride(0), "ROW_V": v.stride(0), "C": C, "PART": PART}
     named |= {"BLOCK_K": block_for(K, LARGEST_HEAD), "scale": scale, "PRECISION": precision_for(v.dtype)}
     chunks = (_slots(q, v, cu_seqlens, length), H)
     per_chunk = partial(launch_kernel, named=named, grid=chunks, warps=sizes.forward_warps, stages=1)
