@@ -12,9 +12,9 @@ The face of the package is the functions below. One folder per operation, all wi
                          the fast path is registered too)
     problems.py          random problems for trials, tests and benchmarks
 
-The delta rule of `fast_weights/` has no Triton kernels yet; its case `delta/` has. Attention has no kernels of ours for
-GPUs but paths through PyTorch's own: `block_rows.py` is its fast path on a CPU, `fused.py` what it takes of PyTorch,
-`pairs.py` which key each query sees.
+`fast_weights/` is the delta rule, `delta/` its case with one gate per head and one key. Attention has no kernels of
+ours for GPUs but paths through PyTorch's own: `block_rows.py` is its fast path on a CPU, `fused.py` what it takes of
+PyTorch, `pairs.py` which key each query sees.
 
 `common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
 Triton kernels with their block sizes, and Triton functions on tiles. A new operation is a folder with these files,

@@ -36,7 +36,17 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
 from experiments.bench.report import markdown  # noqa: E402
-from kernels import convolution, cross_entropy, delta, delta_step, grouped, indexer, sparse, state_space  # noqa: E402
+from kernels import (  # noqa: E402
+    convolution,
+    cross_entropy,
+    delta,
+    delta_step,
+    fast_weights,
+    grouped,
+    indexer,
+    sparse,
+    state_space,
+)
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -129,6 +139,7 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
     for operation, sizes, changes in (
         (convolution.OPERATION, {"channels": 8}, [{}]),
         (delta.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}, of_mixer]),
+        (fast_weights.OPERATION, {"heads": 2, "key_heads": 1, "head_dim": size}, [{}]),
         (
             state_space.OPERATION,
             {"heads": 17, "groups": 1, "head_dim": size // 2, "state_size": size},

@@ -40,6 +40,20 @@ BLOCK_SIZES: dict[str, dict[tuple[int, int], dict[float, BlockSizes]]] = {
             ANY_SIZE: BlockSizes(rows=64, columns=128, forward_warps=1, backward_warps=1, stages=1),
         },
     },
+    # Value dimensions that the gradients of a chunk take at a time, and value dimensions of a state; sizes of heads
+    # as of the gated delta rule.
+    "delta_rule": {
+        (8, 0): {
+            64: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            128: BlockSizes(rows=32, columns=32, forward_warps=8, backward_warps=8, stages=2),
+            ANY_SIZE: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
+        },
+        (9, 0): {
+            64: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            128: BlockSizes(rows=32, columns=32, forward_warps=4, backward_warps=8, stages=2),
+            ANY_SIZE: BlockSizes(rows=16, columns=16, forward_warps=8, backward_warps=8, stages=1),
+        },
+    },
     # Value dimensions that the gradients of a chunk take at a time, and value dimensions of a state. Sizes of heads in
     # half precision; in float32 a head counts as one of twice its size.
     "gated_delta_rule": {

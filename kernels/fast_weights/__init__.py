@@ -14,6 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from kernels.common.arguments import (
+    at_least_float32,
     check_dimensions,
     check_floating,
     check_heads,
@@ -67,8 +68,9 @@ def delta_rule(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64: the batch of one row holds N sequences one after the other, the n-th from
             cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
-        backend: "auto" (see `choose_backend`; "reference" under transforms of torch.func, which the other does not
-            know), "torch" (chunked) or "reference" (token by token, which is the fastest for one token).
+        backend: "auto" (see `choose_backend`; "reference" under transforms of torch.func, which no other knows),
+            "torch" (chunked), "reference" (token by token, which is the fastest for one token) or "triton" (float32,
+            bfloat16 and float16, heads of up to 256 dimensions).
 
     Returns:
         o [B, T, HV, V] in u's dtype, and the final state [N, HV, K, V] in float32 (float64 for float64 inputs) or None.
@@ -94,19 +96,25 @@ def delta_rule(
     check_floating("delta_rule", q=q, k=k, a=a, u=u, g=g, initial_state=initial_state)
     fastest = "torch" if T > 1 else "reference"  # a chunk of one token is the recurrence in more steps
     backend = backend_for_transforms(OPERATION, backend)
-    backend = choose_backend(OPERATION, backend, BACKENDS, fastest, u)
+    sizes = {"heads": 2, "key_heads": 1, "head_dim": K, "value_dim": V} | ({"writes": u.shape[2]} if several else {})
+    backend = choose_backend(OPERATION, backend, [*BACKENDS, "triton"], fastest, u, **sizes)
 
-    state = state_or_zeros(initial_state, state_shape, like=q)
     if g is None:
-        g = state.new_zeros(B, T, HV)
+        g = q.new_zeros((B, T, HV), dtype=at_least_float32(q))
     g = g[..., None] if g.dim() == 3 else g
     if not several:
         k, u = k[:, :, None], u[:, :, None]
         a = None if a is None else a[:, :, None]
+    scale = K**-0.5 if scale is None else scale
     if not u.numel():
-        return u.sum(2), state if output_final_state else None
-    run = partial(BACKENDS[backend], scale=K**-0.5 if scale is None else scale)
+        return u.sum(2), state_or_zeros(initial_state, state_shape, like=q) if output_final_state else None
     with without_autocast(u):
+        if backend == "triton":
+            from kernels.fast_weights.triton_operators import delta_rule_triton
+
+            return delta_rule_triton(q, k, a, u, g, initial_state, scale, cu_seqlens, output_final_state)
+        state = state_or_zeros(initial_state, state_shape, like=q)
+        run = partial(BACKENDS[backend], scale=scale)
         o, final_state = run_each_sequence(run, [q, k, a, u, g], state, cu_seqlens, like=u[:, :, 0])
     return o, final_state if output_final_state else None
 

@@ -78,8 +78,8 @@ CONVOLUTION = Case(
 )
 FAST_WEIGHTS = Case(
     fast_weights.OPERATION,
-    {"heads": 1, "key_heads": 1, "head_dim": 32, "value_dim": 16},
-    None,
+    {"heads": 1, "key_heads": 1, "head_dim": 16, "value_dim": 32},
+    64,
     "initial_state",
     {"output_final_state": True},
     lambda T, heads, key_heads, head_dim, value_dim: delta_rule_flops(T, heads, head_dim, value_dim, per_channel=True),
