@@ -5,19 +5,20 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import torch
+
+# Read when Triton is first imported, as by what is imported below: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from experiments.data.token_data import TokenData
 from experiments.harness.identity import run_of
 from experiments.harness.telemetry import Telemetry
-
-# Read when Triton is first imported, by whomever: without a GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
