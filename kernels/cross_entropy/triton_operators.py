@@ -14,6 +14,12 @@ from kernels.grouped.triton_operators import triton_outer_products, triton_produ
 COLUMNS = 4096  # token ids that a program has at once
 
 
+def tokens_at_once(N: int, D: int) -> int:
+    """Return how many tokens have their logits in memory at once. Each block of them reads the head and adds to the
+    head's gradient in float32, so blocks are large: logits in half precision then take half as much as the gradient."""
+    return max(rows_of_a_block(N), D)
+
+
 def triton_losses(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, token_weights: Tensor, soft_cap: float | None,
     z_loss: float, hidden_wanted: bool, weight_wanted: bool, dtype: torch.dtype,
@@ -34,7 +40,7 @@ def triton_losses(
     dhidden = torch.empty_like(x) if hidden_wanted else hidden.new_empty(0)
     dweight = torch.zeros(V, D, device=weight.device) if weight_wanted else weight.new_empty(0)
     dbias = torch.zeros(V if weight_wanted and bias is not None else 0, device=weight.device)
-    rows, GRADIENT = rows_of_a_block(N), hidden_wanted or weight_wanted
+    rows, GRADIENT = tokens_at_once(N, D), hidden_wanted or weight_wanted
     named = {"soft_cap": 1.0 if soft_cap is None else soft_cap, "z_loss": z_loss, "V": V, "GRADIENT": GRADIENT}
     named |= {"BLOCK_V": min(COLUMNS, power_of_two(V)), "BIAS": bias is not None, "CAPPED": soft_cap is not None}
     for begin in range(0, N, rows):
