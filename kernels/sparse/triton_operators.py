@@ -70,7 +70,7 @@ def backward(
     heads, BLOCK_N, BLOCK_W = -(-(H // G) // named["BLOCK_M"]), block_for(K, 64), block_for(W, COLUMNS)
     blocks = {"BLOCK_W": BLOCK_W}
     dq, sums = torch.empty_like(q), torch.zeros(B, S, G, W, dtype=torch.float32, device=q.device)
-    queries = max(1, min(B * T, WORKSPACE // max(1, K * (G * W + 2 * H) * q.element_size())))
+    queries = min(B * T, queries_at_once(K, G * W + 2 * H, q.element_size()))
     shapes = (queries, H, K), (queries, H, K), (queries, G, K, W)
     weights, dscores, gradients = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
     for first in range(0, B * T, queries):
@@ -92,6 +92,11 @@ def backward(
         )  # fmt: skip
     dk, dv = sums.split([D, W - D], dim=-1)
     return dq, dk.to(k.dtype).contiguous(), k.new_empty(0) if v is None else dv.to(v.dtype).contiguous()
+
+
+def queries_at_once(K: int, numbers: int, bytes: int) -> int:
+    """Return how many queries have the gradients of their pairs in memory, so many numbers of each pair."""
+    return max(1, WORKSPACE // max(1, K * numbers * bytes))
 
 
 def _sort_by_key(indices: Tensor, first: int, T: int, S: int, B: int) -> tuple[Tensor, Tensor]:
