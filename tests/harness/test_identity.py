@@ -47,7 +47,7 @@ def test_every_value_outside_the_session_is_part_of_the_identity_and_none_inside
 
 
 def test_how_a_run_is_spread_is_kept_beside_an_identity_in_which_one_device_stands(make_run):
-    spread = {"devices": 4, "nodes": 2, "strategy": "fsdp", "microbatch": 3, "recompute": True}
+    spread = {"devices": 4, "nodes": 2, "strategy": "fsdp", "experts": 2, "microbatch": 3, "recompute": True}
     run = make_run(*(f"trainer.{name}={value}" for name, value in spread.items()))
     assert run.spread == spread and run.id == make_run().id
     assert {name: run.config.trainer.get(name) for name in SPREAD} == SPREAD
