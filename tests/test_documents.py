@@ -77,7 +77,7 @@ def test_what_the_pages_show_can_be_typed(page, config, overrides):
 
 SMALL = ("arch.width=32", "budget.flops=1e9", "data.sequence_length=32", "trainer.compile=false")
 ELSEWHERE = ("cuda", "=RUN", "books/", "token_bins", "fineweb", "hidden_markov", "python_stdlib_bpe", "study")
-ELSEWHERE += ("devices=8", "nodes=2")
+ELSEWHERE += ("devices=8", "experts=4", "nodes=2")
 
 
 @pytest.mark.thorough
