@@ -3,6 +3,7 @@ pairs of arms."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,8 +14,7 @@ from experiments.scaling.joint import estimated
 from experiments.studies.swept import Swept
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """How many times the compute of a reference an arm takes for its own loss at a budget, in FLOPs."""
 
     arm: str
@@ -26,25 +26,31 @@ class Factor:
 class CostRatio(Swept):
     """Compares two factors of compute on a sweep's joint surface.
 
-    factor, over: the one is divided by the other. claimed: the range in which their ratio is claimed to lie.
+    factor, over: arm, reference and budget of each, as in `Factor`; the one is divided by the other. claimed: the range
+    in which their ratio is claimed to lie.
     """
 
-    factor: Factor
-    over: Factor
+    factor: tuple[str, str, float]
+    over: tuple[str, str, float]
     claimed: tuple[float, float]
+
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """Both, the one that is divided first."""
+        return Factor(*self.factor), Factor(*self.over)
 
     def table(self, rows: pd.DataFrame) -> pd.DataFrame:
         """One row per pair of arms and budget with the factor and its interval; the last row is the ratio."""
         joint, found = self.joint(), []
-        for arm, reference in dict.fromkeys((factor.arm, factor.reference) for factor in (self.factor, self.over)):
+        for arm, reference in dict.fromkeys((factor.arm, factor.reference) for factor in self.factors):
             for budget in self.design.budgets:
                 factor = estimated(*self.log_cost(joint, arm, reference, budget)).map(math.exp)
                 found.append(["factor", arm, reference, budget, factor.value, factor.low, factor.high])
         (value, draws), (below, draws_below) = (
-            self.log_cost(joint, factor.arm, factor.reference, factor.budget) for factor in (self.factor, self.over)
+            self.log_cost(joint, factor.arm, factor.reference, factor.budget) for factor in self.factors
         )
         ratio = estimated(value - below, draws - draws_below).map(math.exp)
-        found.append(["ratio", self.factor.arm, self.over.arm, math.nan, ratio.value, ratio.low, ratio.high])
+        found.append(["ratio", *(factor.arm for factor in self.factors), math.nan, ratio.value, ratio.low, ratio.high])
         return pd.DataFrame(found, columns=["kind", "arm", "reference", "budget", "factor", "low", "high"])
 
     def figure(self, table: pd.DataFrame) -> Figure:
@@ -78,7 +84,7 @@ class CostRatio(Swept):
         said = "; ".join(
             f"at {number(f.budget)} FLOPs {f.arm} takes {number(found[f.arm, f.reference, f.budget])} times the "
             f"compute of {f.reference}"
-            for f in (self.factor, self.over)
+            for f in self.factors
         )
         sentence = (
             f"For its own loss {said}. The first over the second is {number(effect)}; claimed is {low:g} to {high:g}. "
