@@ -4,15 +4,19 @@ Shape letters: B sequences, T tokens of each, N tokens in all, D model width, E 
 pairs of a token and an expert, sorted by expert.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from archs.channels.exchange import Exchange
 from archs.channels.experts import ExpertLinear
 from archs.channels.mlp import MLP, activate, check_activation, hidden_width
 from archs.channels.pairs import Pairs
 from archs.channels.router import Router
 from archs.contracts import Channel
+
+if TYPE_CHECKING:  # needs a build of torch that has processes
+    from archs.channels.exchange import Exchange
 
 
 class MoE(Channel):
