@@ -259,7 +259,8 @@ class PolicyGradient(Tuning):
             log_ratio_BT = (log_ratio_BT.sum(1, keepdim=True) / length_B1).expand_as(log_ratio_BT)
         advantage_BT = extras["advantage"].to(log_p_BT)[:, None].expand_as(log_p_BT)
         gain_BT = self.surrogate(log_ratio_BT, advantage_BT) * extras.get("weight", 1.0)
-        self.figures = self.of_experience | {"ratio_spread": log_ratio_BT.detach()[counted_BT].std().item()}
+        ratios = log_ratio_BT.detach()[counted_BT]  # a part of a batch may have none
+        self.figures = self.of_experience | {"ratio_spread": ratios.std().item() if len(ratios) > 1 else 0.0}
         if self.kl:
             shown_BT = kl_estimate(log_p_BT.detach(), extras["reference"], "k3")
             self.figures["kl"] = shown_BT.sum(1).mean().item()
