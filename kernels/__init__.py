@@ -14,7 +14,7 @@ The face of the package is the functions below. One folder per operation, all wi
 
 `fast_weights/` is the delta rule, `delta/` its case with one gate per head and one key. Attention has no kernels of
 ours for GPUs but paths through PyTorch's own: `block_rows.py` is its fast path on a CPU, `fused.py` what it takes of
-PyTorch, `pairs.py` which key each query sees.
+PyTorch, `pairs.py` which key each query sees, `largest.py` the largest score of each head.
 
 `common/` holds what they share: choice and trial of a backend, packed sequences, checks of arguments, launches of
 Triton kernels with their block sizes, and Triton functions on tiles. A new operation is a folder with these files,
@@ -36,7 +36,7 @@ from kernels.indexer import (
     lightning_indexer_loss,
     lightning_indexer_loss_flops,
 )
-from kernels.softmax_attention import attention, attention_flops
+from kernels.softmax_attention import attention, attention_flops, largest_scores
 from kernels.sparse import sparse_attention, sparse_attention_flops
 from kernels.state_space import ssd, ssd_flops
 
@@ -54,6 +54,7 @@ __all__ = [
     "gated_delta_step_flops",
     "grouped_matmul",
     "grouped_matmul_flops",
+    "largest_scores",
     "lightning_indexer",
     "lightning_indexer_flops",
     "lightning_indexer_loss",

@@ -1,7 +1,10 @@
 """Softmax attention in the forms that transformers since GPT-2 have taken, each an option of one mixer.
 
-Shape letters: B sequences, T tokens, D model width, H query heads, G key-value heads, E dimensions of a head.
+Shape letters: B sequences, T tokens, D model width, H query heads, G key-value heads, R query heads
+per key-value head, E dimensions of a head.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from archs.contracts import Mixer
 from archs.mixers.heads import cut_heads
-from archs.mixers.softmax import attend, positions_of
+from archs.mixers.softmax import attend, largest_logits, positions_of
 from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
@@ -35,9 +38,15 @@ class Attention(Mixer[KVCache]):
         scale: factor on the scores; None for head_dim ** -0.5.
         norm_eps: of the QK-norm.
 
+    Attributes:
+        largest_H: the largest logit of each head in the training forwards since `watch_logits`, biases by distance left
+            out; None where nobody asked.
+
     Raises:
         ValueError: when the width cannot be cut into such heads, or an option is not one of those above.
     """
+
+    largest_H: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +82,7 @@ class Attention(Mixer[KVCache]):
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(n)) if qk_norm else None for n in sizes)
         self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.out_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.register_buffer("largest_H", None, persistent=False)
 
     @property
     def visibilities(self) -> frozenset[Kind]:
@@ -86,6 +96,9 @@ class Attention(Mixer[KVCache]):
         q, k, v = self.project(x_BTD, positions_of(x_BTD, visibility, state))
         if state is not None:
             k, v, state = state.append(k, v)
+        if self.largest_H is not None and self.training and torch.is_grad_enabled():
+            found_H = largest_logits(q, k, visibility, scale=self.scale, window=self.window)
+            self.largest_H = torch.maximum(self.largest_H, found_H)
         y_BTHE = attend(
             q,
             k,
@@ -124,6 +137,32 @@ class Attention(Mixer[KVCache]):
             y = y * self.gate(x_BTD).sigmoid()
         return self.out_proj(y)
 
+    def watch_logits(self) -> Tensor:
+        """Look for the largest logit of each head from now on; return what was found before, -inf where nothing was.
+
+        Raises:
+            ValueError: with QK-norm, which bounds logits whatever the weights of queries and keys are.
+        """
+        if self.q_norm is not None:
+            raise ValueError(
+                "its queries and keys are normed, which bounds logits: set qk_norm=null or do not clip them"
+            )
+        nothing_H = self.qkv.weight.new_full((self.heads,), -math.inf, dtype=torch.float32)
+        before_H, self.largest_H = self.largest_H, nothing_H
+        return nothing_H if before_H is None else before_H
+
+    @torch.no_grad()
+    def scale_logits(self, factor_H: Tensor) -> None:
+        """Multiply the logits of each head, biases by distance left out, through the weights that make queries and
+        keys: each by the square root (QK-Clip, Kimi K2, arXiv 2507.20534, algorithm 1). A key that several heads
+        share takes that of the largest of their factors, and their queries the rest. QK-norm would undo it."""
+        factor_GR = factor_H.view(self.kv_heads, -1)
+        key_G1 = factor_GR.amax(1, keepdim=True).sqrt()
+        factors = torch.cat([(factor_GR / key_G1).flatten(), key_G1.flatten()]).repeat_interleave(self.head_dim)
+        self.qkv.weight[: len(factors)].mul_(factors[:, None])
+        if self.qkv.bias is not None:
+            self.qkv.bias[: len(factors)].mul_(factors)
+
     def residual_projections(self) -> tuple[nn.Linear]:
         return (self.out_proj,)
 
@@ -136,10 +175,16 @@ class Attention(Mixer[KVCache]):
         """Forward FLOPs of one sequence: projections, and scores and sums over the visible pairs only. (What runs
         computes unseen pairs too: the upper triangle where no fused kernel skips it, the rest of a band's blocks.)"""
         weights = sum(layer.weight.numel() for layer in (self.qkv, self.gate, self.out_proj) if layer is not None)
-        sinks = T if self.sinks is not None else 0
-        return 2 * T * weights + self.pair_flops * (visibility.pairs(T, self.window) + sinks)
+        sinks, pairs = T if self.sinks is not None else 0, visibility.pairs(T, self.window)
+        watched = self.score_flops * pairs if self.largest_H is not None and self.training else 0
+        return 2 * T * weights + self.pair_flops * (pairs + sinks) + watched
 
     @property
     def pair_flops(self) -> int:
         """Forward FLOPs of the score and the sum of one (query, key) pair in all heads."""
-        return 4 * self.heads * self.head_dim
+        return 2 * self.score_flops
+
+    @property
+    def score_flops(self) -> int:
+        """Forward FLOPs of the score of one pair in all heads."""
+        return 2 * self.heads * self.head_dim

@@ -4,13 +4,15 @@ Shape letters: B sequences, T queries, S keys, D dimensions (of x the model widt
 value dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from archs.contracts import State
 from archs.positions import Alibi, Positions
 from archs.visibility import Kind, Visibility
-from kernels import attention
+from kernels import attention, largest_scores
 
 
 def positions_of(x_BTD: Tensor, visibility: Visibility, state: State | None) -> Positions:
@@ -44,9 +46,7 @@ def attend(
         alibi: biases by distance, or None.
         sinks_H: scores that take part in the softmax and carry no value, or None.
     """
-    T, S, H = q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.shape[2]
-    window = None if window is None or window >= S else window
-    runs = visibility.once(("runs", T, window), lambda: visibility.runs(T, window, q_BTHD.device))
+    S, H = k_BSGD.shape[1], q_BTHD.shape[2]
     slopes_H = places = None
     if alibi is not None:
         slopes_H = alibi.slopes(H, q_BTHD.device).to(torch.promote_types(q_BTHD.dtype, torch.float32))
@@ -55,11 +55,27 @@ def attend(
         q_BTHD,
         k_BSGD,
         v_BSGE,
-        causal=runs is None and visibility.kind is Kind.CAUSAL,
-        window=window if runs is None else None,
-        runs=runs,
+        **_extent(q_BTHD, k_BSGD, visibility, window),
         scale=scale,
         sinks=sinks_H,
         slopes=slopes_H,
         places=places,
     )
+
+
+def largest_logits(
+    q_BTHD: Tensor, k_BSGD: Tensor, visibility: Visibility, *, scale: float, window: int | None = None
+) -> Tensor:
+    """Return the largest scale q . k of each head over the pairs that are seen, [H] float32 without a gradient;
+    arguments as in `attend`, of which biases by distance are left out."""
+    return largest_scores(q_BTHD, k_BSGD, **_extent(q_BTHD, k_BSGD, visibility, window), scale=scale)
+
+
+def _extent(q_BTHD: Tensor, k_BSGD: Tensor, visibility: Visibility, window: int | None) -> dict[str, Any]:
+    """Which keys the queries see, as the kernels take it."""
+    T, S = q_BTHD.shape[1], k_BSGD.shape[1]
+    window = None if window is None or window >= S else window
+    runs = visibility.once(("runs", T, window), lambda: visibility.runs(T, window, q_BTHD.device))
+    if runs is not None:
+        return {"runs": runs}
+    return {"causal": visibility.kind is Kind.CAUSAL, "window": window}

@@ -11,10 +11,11 @@ from kernels.common.arguments import check_shape, check_tensors, is_transformed,
 from kernels.common.dispatch import refuse_transforms, say
 from kernels.softmax_attention.block_rows import KEPT_BYTES, attention_flops, forward, kept_numbers
 from kernels.softmax_attention.fused import attention_flex, attention_sdpa
+from kernels.softmax_attention.largest import largest_scores
 from kernels.softmax_attention.pairs import Pairs
 from kernels.softmax_attention.reference import attention_reference
 
-__all__ = ["attention", "attention_flops"]
+__all__ = ["attention", "attention_flops", "largest_scores"]
 
 BACKENDS = {"reference": attention_reference, "sdpa": attention_sdpa, "flex": attention_flex}
 SMALL = 2**18  # pairs, of which a table may be made

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs.visibility import BIDIRECTIONAL, CAUSAL, Kind, Visibility, block_causal
-from kernels import attention, attention_flops
+from kernels import attention, attention_flops, largest_scores
 from kernels.common import dispatch
 from kernels.softmax_attention.pairs import Pairs, blocks_of
 from kernels.softmax_attention.problems import random_problem
@@ -287,3 +287,40 @@ def test_the_operator_passes_pytorchs_own_checks_and_is_compiled_without_a_break
     options = {"runs": runs} if name == "packed" else {"causal": True, "sinks": sinks}
     compiled = torch.compile(partial(attention, **options, backend="rows"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, **options, backend="rows"))
+
+
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (70, 70), (300, 300), (130, 200)])
+@pytest.mark.parametrize(("causal", "window"), EXTENTS)
+def test_the_largest_scores_are_those_of_the_pairs_that_are_seen(T, S, causal, window):
+    inputs = problem(T, S)
+    q, k = inputs["q"], inputs["k"].repeat_interleave(2, dim=2)
+    seen_TS = Pairs(T, S, causal, window).dense(torch.device("cpu"))[0]
+    scores_BHTS = torch.einsum("bthd,bshd->bhts", q, k) * 0.3
+    got = largest_scores(inputs["q"], inputs["k"], causal=causal, window=window, scale=0.3)
+    torch.testing.assert_close(got, scores_BHTS.masked_fill(~seen_TS, -torch.inf).amax((0, 2, 3)).float())
+
+
+@pytest.mark.parametrize("kind", [Kind.CAUSAL, Kind.BIDIRECTIONAL, Kind.BLOCK_CAUSAL])
+def test_the_largest_scores_of_packed_documents_are_within_them(kind):
+    L = 150
+    inputs, visibility = problem(2 * L if kind is Kind.BLOCK_CAUSAL else L), packed(Visibility(kind, 4), 2, L)
+    q, k = inputs["q"], inputs["k"].repeat_interleave(2, dim=2)
+    runs = visibility.runs(q.shape[1])
+    seen = visibility.visible(q.shape[1], q.shape[1])
+    scores_BHTS = torch.einsum("bthd,bshd->bhts", q, k)
+    got = largest_scores(inputs["q"], inputs["k"], runs=runs, scale=1.0)
+    torch.testing.assert_close(got, scores_BHTS.masked_fill(~seen, -torch.inf).amax((0, 2, 3)).float())
+
+
+def test_the_largest_scores_hold_no_table_of_pairs():
+    inputs, sizes = problem(1000), []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Note():
+        largest_scores(inputs["q"], inputs["k"], causal=True, scale=1.0)
+    assert max(sizes) <= 2 * 4 * 128 * 1000  # of the scores of a block of queries, in all heads
