@@ -1,6 +1,6 @@
 """From a run's config to what the run will be, before anything is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,7 +19,7 @@ from experiments.harness.schedules import Schedule
 from experiments.harness.trainer import Trainer
 from experiments.harness.weights import load_trained
 from objectives.contracts import Objective
-from objectives.post_training.tuning import Trained
+from objectives.post_training.tuning import Trained, Tuning
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] 
     except ValueError as error:
         raise ValueError(f"objective={config.objective.name} with arch={config.arch.name}: {error}") from error
     lengths = document_lengths(data.train, data.eot, T) if config.data.packed else {T: 1.0}
-    forward, training = (
-        sum(number * flops(model, length, data.counted) for length, number in lengths.items())
-        for flops in (objective.flops, objective.training_flops)
-    )
+
+    def whole(flops: Callable[..., float]) -> float:
+        return sum(number * flops(model, length, data.counted) for length, number in lengths.items())
+
+    forward, training = whole(objective.flops), whole(objective.training_flops)
     per_step = optimiser.flops(model.roles())
     routers = [part for part in model.modules() if isinstance(part, Router)]
     balanced = any(router.balance_loss for router in routers)
@@ -129,6 +130,7 @@ def prepare_run(run: Run, data: TokenData) -> Prepared:
     schedule: Schedule = build(config.schedule)
     measured = measure(config, data, load_trained(run.others))
     allocation, device = spend(config, data, measured), trainer.device()
+    _check_mending(config, trainer, measured.objective)
     _check_spread(config, data, trainer, measured, allocation)
     precision = trainer.precision_on(device, config.arch.width)
     compiled = trainer.compiles(device, allocation.flops)
@@ -177,6 +179,26 @@ def _check_spread(
         raise ValueError(
             f"{asked}: steps of {least} to {most} sequences leave a pass without one: raise budget.batch_tokens or "
             "microbatch, or take fewer devices"
+        )
+
+
+def _check_mending(config: DictConfig, trainer: Trainer, objective: Objective) -> None:
+    """
+    Raises:
+        ValueError: for a run that cannot go back to earlier states.
+    """
+    for name in ("rewind_spikes",):
+        if getattr(trainer, name) is None:
+            continue
+        asked = f"trainer.{name}={getattr(trainer, name)}"
+        if isinstance(objective, Tuning):
+            raise ValueError(f"{asked} is of pre-training, not of objective={config.objective.name}: set it to null")
+        if trainer.sharded:
+            raise ValueError(f"{asked} needs all weights on every device: choose strategy=ddp, or set it to null")
+    if trainer.rewind_spikes is not None and trainer.experts > 1:
+        raise ValueError(
+            f"trainer.rewind_spikes={trainer.rewind_spikes} needs all weights on every device: take experts=1, or set "
+            "it to null"
         )
 
 

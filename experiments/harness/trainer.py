@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from experiments.harness import hardware
+from experiments.harness.rewinding import Rewinding
 from experiments.harness.spikes import Spikes
 
 MOST, SHARE = 4, 0.1  # evaluations of "auto", and of the training what they may cost
@@ -25,6 +26,8 @@ class Trainer:
         evaluation_batch: held-out sequences at a time.
         skip_spikes: a step whose gradient's norm is so many times the median of those before it is left out, and its
             number stands in the row; None leaves out none.
+        rewind_spikes: where the loss stays so many deviations above the median of those before it, the run goes back
+            to an earlier state and leaves out the batches between, whose steps stand in the row; None for never.
 
     How a run is spread, which rounds its sums otherwise and is no part of its identity:
         devices: processes per node, each with one device, that share every batch.
@@ -52,6 +55,7 @@ class Trainer:
     microbatch: int | None = None
     recompute: bool = False
     skip_spikes: float | None = None
+    rewind_spikes: float | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -68,6 +72,9 @@ class Trainer:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be above 0")
         if self.skip_spikes is not None and not self.skip_spikes > 1:
             raise ValueError(f"trainer.skip_spikes={self.skip_spikes} must be above 1, or null to leave out no step")
+        for name in ("rewind_spikes",):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"trainer.{name}={value} must be above 0, or null to leave it")
 
     @property
     def processes(self) -> int:
@@ -82,6 +89,10 @@ class Trainer:
     def spikes(self) -> Spikes | None:
         """Return what tells the steps that are left out; None where none are."""
         return None if self.skip_spikes is None else Spikes(self.skip_spikes)
+
+    def rewinding(self) -> Rewinding | None:
+        """Return what goes back to earlier states; None where nothing does."""
+        return None if self.rewind_spikes is None else Rewinding(self.rewind_spikes)
 
     def device(self) -> torch.device:
         """The device that is meant by `accelerator`.

@@ -192,6 +192,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         place,
         settings.spikes(),
         experts,
+        settings.rewinding(),
     )
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
@@ -243,6 +244,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         "entropy_bits_per_byte": data.heldout_entropy and data.heldout_entropy / math.log(2) / data.heldout_bytes,
         "train_loss": telemetry.train_loss,
         "skipped_steps": module.spikes.steps if module.spikes else None,
+        "undone_steps": module.rewinding.undone if module.rewinding else None,
         "tasks": module.scores or None,
         "wall_seconds": telemetry.wall_seconds,
         "train_seconds": telemetry.train_seconds,

@@ -16,6 +16,7 @@ from archs.language_model import LanguageModel
 from experiments.harness import processes
 from experiments.harness.expert_parallel import DealtExperts
 from experiments.harness.optimisers import Optimiser
+from experiments.harness.rewinding import Rewinding
 from experiments.harness.schedules import Schedule, scheduled
 from experiments.harness.spikes import Spikes
 from experiments.harness.telemetry import Diverged
@@ -62,13 +63,14 @@ class TrainingModule(L.LightningModule):
         shard: Callable[[LanguageModel, DeviceMesh], None] | None = None,
         spikes: Spikes | None = None,
         experts: DealtExperts | None = None,
+        rewinding: Rewinding | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
         self.group, self.passes, self.shard, self.spikes = group, passes, shard, spikes
-        self.experts = experts
+        self.experts, self.rewinding = experts, rewinding
         if experts is not None:
             experts.leave_to_us(self)
         self.beside: Sequence[LanguageModel] = objective.begin(model)
@@ -150,6 +152,8 @@ class TrainingModule(L.LightningModule):
         # Not in a hook at the batch's end, which would come after the checkpoint of the step is written.
         super().optimizer_step(*args, **kwargs)
         self.model.after_step()
+        if self.rewinding:
+            self.rewinding.after(self.global_step, float(self.loss), self.model, self.trainer.optimizers[0])
 
     def on_after_backward(self) -> None:
         if self.experts is not None:
@@ -166,6 +170,8 @@ class TrainingModule(L.LightningModule):
             self.experts.gather(checkpoint, self, self.trainer.optimizers[0])
         if self.spikes:
             checkpoint["spikes"] = self.spikes.state()
+        if self.rewinding:
+            checkpoint["rewinding"] = self.rewinding.state()
         if self.objective.updates > 1 and self.learnt_from is not None:
             step, batch = self.learnt_from
             checkpoint["learnt_from"] = step, batch.tokens_BT, batch.weights_BT, batch.starts_BT, dict(batch.extras)
@@ -175,6 +181,8 @@ class TrainingModule(L.LightningModule):
             self.experts.deal(checkpoint, self, self.configure_optimizers()["optimizer"])
         if self.spikes:
             self.spikes.load(checkpoint["spikes"])
+        if self.rewinding:
+            self.rewinding.load(checkpoint["rewinding"])
         if "learnt_from" in checkpoint:
             step, *parts = checkpoint["learnt_from"]
             self.learnt_from = step, Batch(*parts).to(self.device)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from experiments.harness import launch, processes
+from experiments.harness import launch, processes, rewinding
 from experiments.harness.checkpoints import generations
 from experiments.harness.run import execute
 from experiments.harness.telemetry import Telemetry
@@ -38,6 +38,8 @@ RUNS = {
     "tasks": ("data=countdown", *PROBLEMS, "data.scoring={prompts: 4, samples: 2}"),
     "muon": ("optim=muon", "arch=gated_delta_hybrid"),
 }
+OFTEN = {"EVERY": 2, "LASTING": 1, "LEAST": 4, "TO_DEVIATION": -1e9}  # with four losses to compare with, all are high
+COPIED = ("tasks",)  # which FSDP cannot have
 
 
 class Stop(BaseException):
@@ -83,18 +85,33 @@ def several(jobs: list, device: torch.device) -> list[dict]:
 BEGIN = Telemetry.on_train_batch_start
 
 
-def on(number: int, jobs: list, logs: Path) -> list[dict]:
+def going_back_often(jobs: list, device: torch.device) -> list[dict]:
+    for name, value in OFTEN.items():
+        setattr(rewinding, name, value)
+    return several(jobs, device)
+
+
+def on(number: int, jobs: list, logs: Path, work=several) -> list[dict]:
     config = LaunchConfig(
         1, 1, number, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
     )  # fmt: skip
-    found = elastic_launch(config, several)(jobs, torch.device("cpu"))
+    found = elastic_launch(config, work)(jobs, torch.device("cpu"))
     assert all([row["status"] for row in found[rank]] == [row["status"] for row in found[0]] for rank in found)
     return found[0]
 
 
 def compare(run, row, truth, true_row):
-    for column in ("status", "steps", "tokens", "flops", "params_total", "bits_per_byte_kind"):
+    same = (
+        "status",
+        "steps",
+        "tokens",
+        "flops",
+        "params_total",
+        "bits_per_byte_kind",
+        "undone_steps",
+    )
+    for column in same:
         assert row[column] == true_row[column], row.get("error")
     for column in ("bits_per_byte", "train_loss", "bits_per_byte_se", "bits_per_byte_data_se"):
         assert row[column] == pytest.approx(true_row[column], rel=1e-5, abs=1e-7), column
@@ -121,7 +138,7 @@ def test_a_run_on_several_processes_is_that_on_one_and_goes_on_on_another_number
     begun = {name: {column: rows[name][column] for column in BEGUN} for name in names}
     done, jobs, later = [], [], []
     for name in names:
-        for strategy in ("ddp", "fsdp")[: 1 if name == "tasks" else 2]:
+        for strategy in ("ddp", "fsdp")[: 1 if name in COPIED else 2]:
             run = make(name, strategy, f"trainer.strategy={strategy}", *spread)
             assert run.id == truths[name].id
             done.append((name, run))
@@ -140,6 +157,20 @@ def test_a_run_on_several_processes_is_that_on_one_and_goes_on_on_another_number
     assert all([step for step, _ in generations(run.folder)] == [2, 1] for _, run in stopped)
     for (name, run), row in zip(stopped, on(number // 2, later, tmp_path / "more_logs"), strict=True):
         compare(run, row, truths[name], rows[name])
+
+
+@pytest.mark.thorough
+def test_processes_go_back_to_earlier_states_together(make_run, data, tmp_path, monkeypatch):
+    for name, value in OFTEN.items():
+        monkeypatch.setattr(rewinding, name, value)
+    settings = (*SMALL, "budget.flops=5e8", "+trainer.rewind_spikes=1")
+    truth = make_run(*settings, f"session.root={tmp_path / 'alone'}")
+    true_row = execute(truth, data)
+    run = make_run(*settings, "trainer.devices=2")
+    begun = {column: true_row[column] for column in BEGUN}
+    (row,) = on(2, [(run, data, begun, False)], tmp_path / "logs", going_back_often)
+    assert true_row["undone_steps"]
+    compare(run, row, truth, true_row)
 
 
 @pytest.mark.thorough
