@@ -13,6 +13,7 @@ from experiments.data.token_data import TokenData
 from experiments.data.windows import check_enough, document_lengths
 from experiments.harness.budget import Allocation, allocate
 from experiments.harness.identity import Run
+from experiments.harness.logit_clip import watched
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.parts import build, build_adapter, build_model, build_objective
 from experiments.harness.schedules import Schedule
@@ -94,6 +95,14 @@ def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] 
         return sum(number * flops(model, length, data.counted) for length, number in lengths.items())
 
     forward, training = whole(objective.flops), whole(objective.training_flops)
+    if config.trainer.get("clip_logits") is not None:
+        try:
+            watched(model)
+        except ValueError as error:
+            raise ValueError(
+                f"trainer.clip_logits={config.trainer.clip_logits} with arch={config.arch.name}: {error}"
+            ) from error
+        training += whole(objective.flops) - forward  # in no backward pass
     per_step = optimiser.flops(model.roles())
     routers = [part for part in model.modules() if isinstance(part, Router)]
     balanced = any(router.balance_loss for router in routers)
@@ -185,9 +194,9 @@ def _check_spread(
 def _check_mending(config: DictConfig, trainer: Trainer, objective: Objective) -> None:
     """
     Raises:
-        ValueError: for a run that cannot go back to earlier states.
+        ValueError: for a run that cannot go back to earlier states, or whose logits cannot be clipped.
     """
-    for name in ("rewind_spikes",):
+    for name in ("rewind_spikes", "clip_logits"):
         if getattr(trainer, name) is None:
             continue
         asked = f"trainer.{name}={getattr(trainer, name)}"
@@ -199,6 +208,11 @@ def _check_mending(config: DictConfig, trainer: Trainer, objective: Objective) -
         raise ValueError(
             f"trainer.rewind_spikes={trainer.rewind_spikes} needs all weights on every device: take experts=1, or set "
             "it to null"
+        )
+    if trainer.clip_logits is not None and config.get("adapter"):
+        raise ValueError(
+            f"trainer.clip_logits={trainer.clip_logits} scales weights that adapters leave as they are: set "
+            "adapter=none, or it to null"
         )
 
 

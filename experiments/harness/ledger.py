@@ -16,7 +16,7 @@ COLUMNS = [
     *("budget_flops", "flops", "flops_6nd", "flops_per_token"),
     *("params_total", "params_active", "params_non_embedding", "width", "depth", "state_bytes"),
     *("bits_per_byte", "bits_per_byte_se", "bits_per_byte_data_se", "bits_per_byte_kind", "entropy_bits_per_byte"),
-    *("train_loss", "skipped_steps", "undone_steps", "tasks"),
+    *("train_loss", "skipped_steps", "undone_steps", "clipped_logits", "tasks"),
     *("wall_seconds", "train_seconds", "tokens_per_second", "peak_memory_bytes", "mfu"),
     *("device", "precision", "compiled", "code", "commit", "versions", "started", "finished"),
 ]

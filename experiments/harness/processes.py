@@ -63,6 +63,14 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(tensor: Tensor) -> Tensor:
+    """Returns the largest of each number of a tensor over the processes."""
+    if number() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """Returns the whole of a tensor that may be cut between the processes; all of them are to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -59,6 +59,7 @@ class Telemetry(L.Callback):
                 gradient_norm=gradient_norm,
                 **({"skipped_steps": len(pl_module.spikes.steps)} if pl_module.spikes else {}),
                 **({"rewound": len(pl_module.rewinding.undone)} if pl_module.rewinding else {}),
+                **({"largest_logit": pl_module.logit_clip.largest} if pl_module.logit_clip else {}),
                 learning_rate=trainer.optimizers[0].param_groups[0]["lr"],
                 tokens_per_second=batch.tokens_BT.numel() / seconds,
                 model_flops_utilisation=flops_per_second / self.peak_flops,

@@ -28,6 +28,8 @@ class Trainer:
             number stands in the row; None leaves out none.
         rewind_spikes: where the loss stays so many deviations above the median of those before it, the run goes back
             to an earlier state and leaves out the batches between, whose steps stand in the row; None for never.
+        clip_logits: an attention head's largest logit in a step, above which its queries and keys are scaled down to
+            that; the row says how often. None for no such bound.
 
     How a run is spread, which rounds its sums otherwise and is no part of its identity:
         devices: processes per node, each with one device, that share every batch.
@@ -56,6 +58,7 @@ class Trainer:
     recompute: bool = False
     skip_spikes: float | None = None
     rewind_spikes: float | None = None
+    clip_logits: float | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -72,7 +75,7 @@ class Trainer:
             raise ValueError(f"trainer.gradient_clip={self.gradient_clip} must be above 0")
         if self.skip_spikes is not None and not self.skip_spikes > 1:
             raise ValueError(f"trainer.skip_spikes={self.skip_spikes} must be above 1, or null to leave out no step")
-        for name in ("rewind_spikes",):
+        for name in ("rewind_spikes", "clip_logits"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"trainer.{name}={value} must be above 0, or null to leave it")
 

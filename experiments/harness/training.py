@@ -193,6 +193,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         settings.spikes(),
         experts,
         settings.rewinding(),
+        settings.clip_logits,
     )
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
@@ -245,6 +246,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         "train_loss": telemetry.train_loss,
         "skipped_steps": module.spikes.steps if module.spikes else None,
         "undone_steps": module.rewinding.undone if module.rewinding else None,
+        "clipped_logits": module.logit_clip.clipped if module.logit_clip else None,
         "tasks": module.scores or None,
         "wall_seconds": telemetry.wall_seconds,
         "train_seconds": telemetry.train_seconds,

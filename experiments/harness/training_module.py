@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from archs.language_model import LanguageModel
 from experiments.harness import processes
 from experiments.harness.expert_parallel import DealtExperts
+from experiments.harness.logit_clip import LogitClip
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.rewinding import Rewinding
 from experiments.harness.schedules import Schedule, scheduled
@@ -64,6 +65,7 @@ class TrainingModule(L.LightningModule):
         spikes: Spikes | None = None,
         experts: DealtExperts | None = None,
         rewinding: Rewinding | None = None,
+        clip_logits: float | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.optimiser, self.schedule = model, objective, optimiser, schedule
@@ -71,6 +73,7 @@ class TrainingModule(L.LightningModule):
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
         self.group, self.passes, self.shard, self.spikes = group, passes, shard, spikes
         self.experts, self.rewinding = experts, rewinding
+        self.logit_clip = None if clip_logits is None else LogitClip(model, clip_logits)
         if experts is not None:
             experts.leave_to_us(self)
         self.beside: Sequence[LanguageModel] = objective.begin(model)
@@ -152,6 +155,8 @@ class TrainingModule(L.LightningModule):
         # Not in a hook at the batch's end, which would come after the checkpoint of the step is written.
         super().optimizer_step(*args, **kwargs)
         self.model.after_step()
+        if self.logit_clip:
+            self.logit_clip.after_step()
         if self.rewinding:
             self.rewinding.after(self.global_step, float(self.loss), self.model, self.trainer.optimizers[0])
 
@@ -172,6 +177,8 @@ class TrainingModule(L.LightningModule):
             checkpoint["spikes"] = self.spikes.state()
         if self.rewinding:
             checkpoint["rewinding"] = self.rewinding.state()
+        if self.logit_clip:
+            checkpoint["clipped_logits"] = self.logit_clip.clipped
         if self.objective.updates > 1 and self.learnt_from is not None:
             step, batch = self.learnt_from
             checkpoint["learnt_from"] = step, batch.tokens_BT, batch.weights_BT, batch.starts_BT, dict(batch.extras)
@@ -183,6 +190,8 @@ class TrainingModule(L.LightningModule):
             self.spikes.load(checkpoint["spikes"])
         if self.rewinding:
             self.rewinding.load(checkpoint["rewinding"])
+        if self.logit_clip:
+            self.logit_clip.clipped = checkpoint["clipped_logits"]
         if "learnt_from" in checkpoint:
             step, *parts = checkpoint["learnt_from"]
             self.learnt_from = step, Batch(*parts).to(self.device)

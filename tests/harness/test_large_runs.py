@@ -37,9 +37,10 @@ RUNS = {
     ),
     "tasks": ("data=countdown", *PROBLEMS, "data.scoring={prompts: 4, samples: 2}"),
     "muon": ("optim=muon", "arch=gated_delta_hybrid"),
+    "clipped": ("arch.model.mixers.attention.head_dim=4", "+trainer.clip_logits=0.5"),
 }
 OFTEN = {"EVERY": 2, "LASTING": 1, "LEAST": 4, "TO_DEVIATION": -1e9}  # with four losses to compare with, all are high
-COPIED = ("tasks",)  # which FSDP cannot have
+COPIED = ("tasks", "clipped")  # which FSDP cannot have
 
 
 class Stop(BaseException):
@@ -109,6 +110,7 @@ def compare(run, row, truth, true_row):
         "flops",
         "params_total",
         "bits_per_byte_kind",
+        "clipped_logits",
         "undone_steps",
     )
     for column in same:
