@@ -46,8 +46,6 @@ class Attention(Mixer[KVCache]):
         ValueError: when the width cannot be cut into such heads, or an option is not one of those above.
     """
 
-    largest_H: Tensor | None
-
     def __init__(
         self,
         width: int,
@@ -82,7 +80,7 @@ class Attention(Mixer[KVCache]):
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(n)) if qk_norm else None for n in sizes)
         self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.out_proj = nn.Linear(heads * head_dim, width, bias=bias)
-        self.register_buffer("largest_H", None, persistent=False)
+        self.largest_H: Tensor | None = None  # no buffer, since it is not of the weights
 
     @property
     def visibilities(self) -> frozenset[Kind]:
@@ -98,7 +96,7 @@ class Attention(Mixer[KVCache]):
             k, v, state = state.append(k, v)
         if self.largest_H is not None and self.training and torch.is_grad_enabled():
             found_H = largest_logits(q, k, visibility, scale=self.scale, window=self.window)
-            self.largest_H = torch.maximum(self.largest_H, found_H)
+            self.largest_H = torch.maximum(self.largest_H.to(found_H), found_H)
         y_BTHE = attend(
             q,
             k,

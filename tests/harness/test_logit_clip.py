@@ -10,6 +10,7 @@ from experiments.harness.assembly import measure, prepare_run
 from experiments.harness.logit_clip import LogitClip
 from experiments.harness.parts import build_model, build_objective
 from experiments.harness.run import execute
+from experiments.harness.weights import load_run
 
 GROUPED = "arch.model.mixers.attention.queries_per_kv=2"
 HEADS = ("arch.model.mixers.attention.head_dim=4", "budget.flops=2e8")
@@ -83,9 +84,11 @@ def test_the_largest_logit_is_that_of_all_passes_of_a_step_and_of_none_without_g
 
 @pytest.mark.parametrize("settings", [(), (GROUPED,), ("objective=block_diffusion",), ("data.packed=true",)])
 def test_a_run_clips_heads_and_says_how_often(make_run, data, settings):
-    rows = [execute(make_run(*HEADS, *settings, f"+trainer.clip_logits={most}"), data) for most in (0.01, 1e6)]
+    runs = [make_run(*HEADS, *settings, f"+trainer.clip_logits={most}") for most in (0.01, 1e6)]
+    rows = [execute(run, data) for run in runs]
     assert rows[0]["status"] == "done" and rows[0]["clipped_logits"] > 0
     assert rows[0]["bits_per_byte"] != rows[1]["bits_per_byte"] and rows[1]["clipped_logits"] == 0
+    assert load_run(runs[0].folder, data).model.blocks[0].mixer.largest_H is None
 
 
 @pytest.mark.parametrize("step", [4])
