@@ -39,7 +39,7 @@ def largest_scores(
         low, high = (pairs.ends_of(first)[0], pairs.ends_of(end - 1)[1]) if runs is None else (0, pairs.S)
         key_N = torch.arange(low, high, device=q.device)
         seen_BWN = ((begins[..., first:end, None] <= key_N) & (key_N < ends[..., first:end, None])).any(0)
-        scores = q_BGRTD[..., first:end, :] @ k_BG1SD[..., low:high, :].mT * scale
-        scores = scores.masked_fill(~seen_BWN[:, None, None], -math.inf)
+        scores = q_BGRTD[..., first:end, :] @ k_BG1SD[..., low:high, :].mT
+        scores.masked_fill_(~seen_BWN[:, None, None], -math.inf)
         found_GR = torch.maximum(found_GR, scores.amax((0, 3, 4)).float())
-    return found_GR.flatten()
+    return scale * found_GR.flatten()
