@@ -31,7 +31,7 @@ class Rewinding:
     Two states lie in the memory of the host and in every checkpoint: 24 bytes per parameter under AdamW.
 
     Attributes:
-        undone: first and last of the steps that were undone, each time.
+        undone: first and last of the steps that were undone, each time; they may lie over those of a time before.
     """
 
     def __init__(self, deviations: float):
