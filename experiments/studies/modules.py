@@ -39,7 +39,7 @@ def problems_by_task(finished: FinishedRun) -> dict[str, Batch]:
 
 
 @torch.no_grad()
-def answered(model: LanguageModel, objective: Objective, batch: Batch) -> float:
+def greedy_accuracy(model: LanguageModel, objective: Objective, batch: Batch) -> float:
     """Return the fraction of answers of which every token is the likeliest."""
     wrong_BT = torch.zeros_like(batch.counted_BT)
     likeliest_N = objective.logits(model, batch).argmax(-1)

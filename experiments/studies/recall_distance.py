@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.findings import Verdict
+from experiments.findings import Verdict, number
 from experiments.harness.weights import FinishedRun
 from experiments.report.figures import COLOURS
 from experiments.studies.ablation import Ablation, at_an_end, counted
@@ -74,10 +74,14 @@ class RecallDistance(Ablation):
         outcome, name, effect = on_their_sides(values, above=above, below=self.than, threshold=self.margin)
         if effect is None:
             return Verdict(outcome, f"{name} has too few seeds to judge.", None, self.rule)
-        means = runs.groupby("variant", sort=False)[["all", self.judged]].mean()
-        said = ", ".join(f"{variant} {row[self.judged]:.3f} ({row['all']:.3f})" for variant, row in means.iterrows())
+        means = runs.groupby("variant", sort=False)[["all", "state_bytes", self.judged]].mean()
+        said = ", ".join(
+            f"{variant} {row[self.judged]:.3f} ({row['all']:.3f}; {number(row.state_bytes)})"
+            for variant, row in means.iterrows()
+        )
         sentence = (
-            f"Fraction of answers {JUDGED[self.judged]} (of all recalled): {said}. Read from {name}: {effect:.3f}."
+            f"Fraction of answers {JUDGED[self.judged]} (of all recalled; bytes of decode state): {said}. Read from "
+            f"{name}: {effect:.3f}."
         )
         sentence += seeds_to_tell(outcome, effect, self.margin, values[name].count())
         return Verdict(outcome, sentence + at_an_end(table), effect, self.rule)

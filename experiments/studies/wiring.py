@@ -14,9 +14,9 @@ from experiments.report.figures import COLOURS
 from experiments.studies.ablation import counted, stage_of
 from experiments.studies.modules import (
     adjacency,
-    answered,
     contributions,
     effective,
+    greedy_accuracy,
     importances,
     mean_length,
     modularity,
@@ -134,4 +134,4 @@ class Wiring(Study):
 def accuracy(finished: FinishedRun) -> float:
     """Return the fraction of held-out answers that are right, the mean of the two tasks'."""
     batches = problems_by_task(finished).values()
-    return sum(answered(finished.model, finished.objective, batch) for batch in batches) / len(batches)
+    return sum(greedy_accuracy(finished.model, finished.objective, batch) for batch in batches) / len(batches)

@@ -21,7 +21,7 @@ def table(**values):
     """Runs by variant, one value per seed in both columns that are judged."""
     rows = [
         {"variant": name, "stage": "compare", "seed": seed, "learning_rate": 0.01, "status": "done", "all": 0.5,
-         "worst": x, "slope": x}
+         "state_bytes": 2048, "worst": x, "slope": x}
         for name, xs in values.items()
         for seed, x in enumerate(xs)
     ]  # fmt: skip
@@ -55,6 +55,7 @@ def test_full_attention_must_miss_nowhere_and_the_others_somewhere(full, delta, 
 def test_the_fixed_state_must_forget_with_distance_and_the_selective_one_less(delta, linear, outcome, read_from):
     verdict = SLOPE.verdict(table(full=[0.0, 0.0, 0.0], delta=delta, linear=linear))
     assert verdict.outcome == outcome and f"Read from {read_from}" in verdict.sentence
+    assert "(0.500; 2,048)" in verdict.sentence
 
 
 def test_slopes_are_compared_seed_by_seed():

@@ -11,9 +11,9 @@ from experiments.harness.parts import build_model, build_objective, open_data
 from experiments.harness.weights import FinishedRun
 from experiments.studies.modules import (
     adjacency,
-    answered,
     contributions,
     effective,
+    greedy_accuracy,
     importances,
     mean_length,
     modularity,
@@ -100,9 +100,9 @@ def test_answers_count_as_a_whole_by_their_likeliest_tokens(finished):
         def logits(self, model, batch):
             return right
 
-    assert answered(finished.model, Knows(), batch) == 1
+    assert greedy_accuracy(finished.model, Knows(), batch) == 1
     right[0] = 1 - right[0]  # one token of one answer
-    assert answered(finished.model, Knows(), batch) == pytest.approx(1 - 1 / len(batch.tokens_BT))
+    assert greedy_accuracy(finished.model, Knows(), batch) == pytest.approx(1 - 1 / len(batch.tokens_BT))
 
 
 def test_tasks_with_units_of_their_own_are_wholly_specialised():
