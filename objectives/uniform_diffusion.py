@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint
 
 from archs.language_model import LanguageModel
 from archs.visibility import BIDIRECTIONAL
@@ -16,6 +17,8 @@ from objectives.decoding.revising import Revise
 from objectives.likelihood import Likelihood, bound_by, check_draws
 from objectives.noise import Polynomial, Schedule, check, draw_times, uniform
 from objectives.whole_sequence import logits_at, sampling_flops
+
+AT_ONCE = 2**22  # logits that are in float64 at a time
 
 
 class UniformDiffusion(Objective):
@@ -64,10 +67,14 @@ class UniformDiffusion(Objective):
         """As in `Objective`: the head runs on the tokens that count."""
         return model.flops(T, BIDIRECTIONAL, counted)
 
+    def _logits(self, model: Model, noised_BT: Tensor, batch: Batch, p_B: Tensor) -> Tensor:
+        """Logits [N, V] at the tokens that count, of which a fraction p_B is noised."""
+        visibility, told_B = BIDIRECTIONAL.packed(batch.starts_BT), p_B if self.timed else None
+        return logits_at(model, noised_BT, batch.counted_BT, visibility, told_B)
+
     def _log_probs(self, model: Model, noised_BT: Tensor, batch: Batch, p_B: Tensor) -> Tensor:
         """log q [N, V] float64 at the tokens that count, of which a fraction p_B is noised."""
-        visibility, told_B = BIDIRECTIONAL.packed(batch.starts_BT), p_B if self.timed else None
-        return logits_at(model, noised_BT, batch.counted_BT, visibility, told_B).double().log_softmax(-1)
+        return log_probs(self._logits(model, noised_BT, batch, p_B))
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """As in `Objective`: the tokens that count are all replaced by random ones, the same for each call."""
@@ -90,6 +97,19 @@ class UniformDiffusion(Objective):
         X_log_Q = high_N * log_Q_x + others_N
         inside_N = K / log_Q_i.exp() - K / X_i + (K * (log_Q_i - X_i.log()) + X_log_X - X_log_Q) / X_i
         return inside_N / (K * a_N)
+
+    def _nats_of(self, logits_NV: Tensor, clean_N: Tensor, noised_N: Tensor, p_N: Tensor) -> Tensor:
+        """The integrand of the bound from logits, some rows at a time. Where that is more than once, what each makes in
+        float64 is made again for its gradient and not kept."""
+
+        def integrand(*some: Tensor) -> Tensor:
+            return self.integrand(log_probs(some[0]), *some[1:])
+
+        given, rows = (logits_NV, clean_N, noised_N, p_N), max(1, AT_ONCE // self.vocab_size)
+        if len(logits_NV) <= rows:
+            return integrand(*given)
+        parts = zip(*(x.split(rows) for x in given), strict=True)
+        return torch.cat([checkpoint(integrand, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
     def noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         """As in `Objective`: times, and tokens noised at them."""
@@ -117,9 +137,9 @@ class UniformDiffusion(Objective):
         """As in `Objective`, float64."""
         tokens_BT, where_BT = batch.tokens_BT, batch.counted_BT
         noised_BT, p_B, rate_B = self._noised(batch, generator)
-        log_q_NV = self._log_probs(model, noised_BT, batch, p_B)
+        logits_NV = self._logits(model, noised_BT, batch, p_B)
         p_BT, rate_BT = (x.to(tokens_BT.device)[:, None].expand_as(tokens_BT) for x in (p_B, rate_B))
-        nats_N = self.integrand(log_q_NV, tokens_BT[where_BT], noised_BT[where_BT], p_BT[where_BT])
+        nats_N = self._nats_of(logits_NV, tokens_BT[where_BT], noised_BT[where_BT], p_BT[where_BT])
         nats_N = nats_N * rate_BT[where_BT]
         return nats_N.new_zeros(tokens_BT.shape).masked_scatter(where_BT, nats_N)
 
@@ -154,4 +174,9 @@ class NoisedSequence:
 
     def __call__(self, tokens_BT: Tensor, where_BT: Tensor, noised_B: Tensor) -> Tensor:
         told_B = noised_B if self.timed else None
-        return logits_at(self.model, tokens_BT, where_BT, BIDIRECTIONAL, told_B).double().log_softmax(-1)
+        return log_probs(logits_at(self.model, tokens_BT, where_BT, BIDIRECTIONAL, told_B))
+
+
+def log_probs(logits_NV: Tensor) -> Tensor:
+    """Return the log probabilities of logits, [N, V] float64."""
+    return logits_NV.double().log_softmax(-1)

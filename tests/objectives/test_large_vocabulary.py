@@ -1,4 +1,4 @@
-"""With a large vocabulary objectives keep no logits: losses, gradients, likelihood and FLOPs stay."""
+"""With a large vocabulary objectives keep no logits, or none in float64, and give the same."""
 
 from functools import partial
 
@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from archs.language_model import LanguageModel
 from archs.mixers.attention import Attention
 from archs.positions import Rotary
-from objectives import likelihood
+from objectives import likelihood, uniform_diffusion
 from objectives.block_diffusion import BlockDiffusion
 from objectives.contracts import Batch
 from objectives.masked_diffusion import MaskedDiffusion
 from objectives.next_token import NextToken
+from objectives.uniform_diffusion import UniformDiffusion
 
 V, T, B = 50, 12, 3
 MIXERS = {"attention": partial(Attention, head_dim=8, queries_per_kv=1, position=Rotary())}
@@ -95,3 +96,22 @@ def test_a_batch_in_which_nothing_counts_has_a_loss_of_zero(name, monkeypatch):
     objective, model = build(name)
     nothing = Batch(packed().tokens_BT, torch.zeros(B, T))
     assert both_ways(monkeypatch, lambda: objective.loss(model, nothing, torch.Generator()).item()) == [0.0, 0.0]
+
+
+def test_uniform_diffusion_keeps_no_float64_of_the_logits_and_gives_the_same(monkeypatch):
+    torch.manual_seed(0)
+    objective = UniformDiffusion(V, V - 1)
+    model = LanguageModel(V, 16, ["attention"], MIXERS, depth=1, **objective.model_options)
+
+    def measure():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            loss = objective.loss(model, packed(), torch.Generator().manual_seed(2))
+        found = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+        return found, sum(x.numel() for x in kept if x.dtype == torch.float64 and x.shape[-1:] == (V,))
+
+    at_once, in_float64 = measure()
+    monkeypatch.setattr(uniform_diffusion, "AT_ONCE", 4 * V)
+    by_rows, none = measure()
+    torch.testing.assert_close(by_rows, at_once, rtol=0, atol=0)
+    assert none == 0 < in_float64
