@@ -9,7 +9,8 @@ Shape letters: B rows of the batch, T tokens, H heads of K dimensions, HV value 
 token, N sequences: B, or those packed in the one row.
 """
 
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 from torch import Tensor
 
@@ -96,7 +97,8 @@ def delta_rule(
     check_floating("delta_rule", q=q, k=k, a=a, u=u, g=g, initial_state=initial_state)
     fastest = "torch" if T > 1 else "reference"  # a chunk of one token is the recurrence in more steps
     backend = backend_for_transforms(OPERATION, backend)
-    sizes = {"heads": 2, "key_heads": 1, "head_dim": K, "value_dim": V} | ({"writes": u.shape[2]} if several else {})
+    sizes = {"heads": 2, "key_heads": 1, "head_dim": K, "value_dim": V, "erases": a is not None}
+    sizes |= {"per_channel": g is not None and g.dim() == 4} | ({"writes": u.shape[2]} if several else {})
     backend = choose_backend(OPERATION, backend, [*BACKENDS, "triton"], fastest, u, **sizes)
 
     if g is None:
@@ -119,4 +121,9 @@ def delta_rule(
     return o, final_state if output_final_state else None
 
 
-OPERATION = Operation(delta_rule, random_problem, KEPT)
+@wraps(delta_rule)
+def _with_or_without_erasing(*, a: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor | None]:
+    return delta_rule(a=a, **given)
+
+
+OPERATION = Operation(_with_or_without_erasing, random_problem, KEPT)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import cross_entropy, grouped
+from kernels import cross_entropy, fast_weights, grouped
 from kernels.common import dispatch, trial
 from kernels.common.dispatch import choose_backend
 from tests.kernels.cases import IN_TRITON, SSD
@@ -15,6 +15,8 @@ every = pytest.mark.parametrize("case", IN_TRITON, ids=lambda case: case.operati
 X = torch.zeros(1)
 GROUPED = {"experts": 3, "width": 12, "outputs": 20}
 ENTROPY = {"width": 12, "vocabulary": 33}
+DELTA = {"heads": 2, "key_heads": 1, "head_dim": 8, "value_dim": 12}
+FORMS = [{"erases": erases, "per_channel": channels} for erases in (True, False) for channels in (True, False)]
 
 
 @pytest.fixture
@@ -86,6 +88,7 @@ def test_triton_kernels_that_are_wrong_or_fail_do_not_and_auto_leaves_them(
         pytest.param(SSD.operation, SSD.sizes, SSD.sizes, id="ssd"),
         pytest.param(grouped.OPERATION, GROUPED, GROUPED | {"experts": 4}, id="grouped_matmul"),
         pytest.param(cross_entropy.OPERATION, ENTROPY, ENTROPY, id="linear_cross_entropy"),
+        *(pytest.param(fast_weights.OPERATION, DELTA | form, DELTA | form, id=f"delta_rule {form}") for form in FORMS),
     ],
 )
 def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(
@@ -102,6 +105,17 @@ def test_on_a_gpu_auto_takes_triton_once_it_has_proved_right(
     assert torch.equal(taken[0], operation.on_backend("triton")(**inputs))
     right = f"its kernels were right on {triton_device} when tried against the recurrence"
     assert said() == [f"{operation.name} runs on backend 'triton': {right}"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, {"writes": 2}], ids=str)
+def test_the_delta_rule_is_tried_in_the_form_in_which_it_is_called(form, monkeypatch, untried):
+    asked = []
+    monkeypatch.setattr(dispatch, "is_for_triton", lambda x: True)
+    monkeypatch.setattr(dispatch, "triton_is_right", lambda operation, dtype, device, sizes: asked.append(dict(sizes)))
+    given = fast_weights.OPERATION.random_problem(3, batch=1, **DELTA | form)
+    fast_weights.OPERATION.on_backend("auto")(**given)
+    tried = fast_weights.OPERATION.random_problem(3, batch=1, **asked[0])
+    assert {name: x.shape for name, x in tried.items()} == {name: x.shape for name, x in given.items()}
 
 
 @pytest.mark.thorough
