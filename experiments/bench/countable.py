@@ -17,7 +17,9 @@ from torch import Tensor
 from experiments.bench.operations import CONTESTS, DTYPES
 from kernels import (
     cross_entropy,
+    delta_rule_flops,
     delta_step,
+    fast_weights,
     gated_delta_step_flops,
     grouped,
     indexer,
@@ -116,6 +118,11 @@ COUNTABLE = {
         name: Countable(CONTESTS[name].operation, CONTESTS[name].operation.random_problem, CONTESTS[name].flops)
         for name in ("gated_delta_rule", "ssd", "causal_conv1d")
     },
+    "delta_rule": Countable(
+        fast_weights.OPERATION,
+        fast_weights.OPERATION.random_problem,
+        lambda T, s: s["batch"] * delta_rule_flops(T, s["heads"], s["head_dim"], s["head_dim"], per_channel=True),
+    ),
     "gated_delta_step": Countable(
         delta_step.OPERATION,
         delta_step.OPERATION.random_problem,
