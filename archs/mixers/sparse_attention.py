@@ -25,8 +25,8 @@ from kernels import lightning_indexer, lightning_indexer_loss, sparse_attention
 class Indexer(nn.Module):
     """Scores I_ts = sum_j w_tj ReLU(q_tj . k_s) of every pair of tokens (DeepSeek-V3.2-Exp, section 2.1).
 
-    Its weights w take any sign. The release also multiplies q and k by a Hadamard matrix and rounds them to fp8: the
-    first changes no product, the second is not done here.
+    Its weights w take any sign. The release also multiplies q and k by a Hadamard matrix, which changes no product and
+    is not done here, and rounds them to fp8 where it picks.
 
     Args:
         width: model width, of what keys and weights are made of; query_width: of what queries are made of.
@@ -95,11 +95,13 @@ class SparseAttention(Mixer[IndexedCache]):
             whose latent of the queries then also feeds the indexer.
         index_heads, index_dim, index_position: of the `Indexer`.
         top_k: tokens that a query attends to; all visible ones while there are no more.
+        index_precision: "fp8" picks by scores of queries and keys rounded to it, as the release does; None by exact
+            ones. The indexer's loss takes exact ones either way.
         loss_weight: factor on the indexer's loss, which is the auxiliary loss "indexer_kl".
         stage: "dense" or "sparse".
 
     Raises:
-        ValueError: for an attention that knows its own set of tokens, a top_k below 1 or an unknown stage.
+        ValueError: for an attention that knows its own set of tokens, a top_k below 1, an unknown stage or precision.
     """
 
     def __init__(
@@ -113,12 +115,15 @@ class SparseAttention(Mixer[IndexedCache]):
         top_k: int,
         loss_weight: float = 1.0,
         stage: str = "sparse",
+        index_precision: str | None = None,
     ):
         super().__init__()
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1 token")
         if stage not in ("dense", "sparse"):
             raise ValueError(f"stage={stage!r} must be 'dense' or 'sparse'")
+        if index_precision not in (None, "fp8"):
+            raise ValueError(f"index_precision={index_precision!r} must be 'fp8', or null for exact scores")
         self.attention = attention(width)
         if isinstance(self.attention, LatentAttention):
             query_width = self.attention.q_up.in_features
@@ -131,6 +136,7 @@ class SparseAttention(Mixer[IndexedCache]):
                 )
         self.indexer = Indexer(width, query_width, heads=index_heads, dim=index_dim, position=index_position)
         self.top_k, self.loss_weight, self.stage = top_k, loss_weight, stage
+        self.index_precision = index_precision
         self.losses: dict[str, Tensor] = {}
 
     @property
@@ -179,7 +185,7 @@ class SparseAttention(Mixer[IndexedCache]):
 
     def _pick(self, q: Tensor, k: Tensor, weights: Tensor, visibility: Visibility) -> Tensor:
         """Places [B, T, K] of the tokens of highest score, as `lightning_indexer` gives them."""
-        options = {"causal": visibility.kind is Kind.CAUSAL}
+        options = {"causal": visibility.kind is Kind.CAUSAL, "precision": self.index_precision}
         if visibility.starts_BL is None:
             return lightning_indexer(q, k, weights, self.top_k, **options)
         B, T = q.shape[:2]

@@ -50,7 +50,7 @@ from kernels import (  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-TYPES |= {torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in launch.DTYPES}
 MODULES = [module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels.")]
 NAMES = sorted(
@@ -174,14 +174,22 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
 
 def picks(dtype: torch.dtype, size: int) -> Iterator:
     """Yield calls of the lightning indexer with the heads and the picks of DeepSeek-V3.2, of one document and of
-    several."""
+    several, and in fp8 where the GPU has it."""
     operation = indexer.OPERATION
     problem = operation.random_problem(3, batch=1, heads=64, head_dim=size)
     inputs = operation.leaves(problem, "cpu", dtype, gradients=False)
-    for causal, cu_seqlens in ((True, None), (False, None), (True, torch.tensor([0, 1, 3]))):
+    packed = torch.tensor([0, 1, 3])
+    for causal, cu_seqlens, precision in (
+        (True, None, None),
+        (False, None, None),
+        (True, packed, None),
+        (True, None, "fp8"),
+    ):
 
-        def pick(causal=causal, cu_seqlens=cu_seqlens):
-            indexer.lightning_indexer(**inputs, topk=2048, causal=causal, cu_seqlens=cu_seqlens, backend="triton")
+        def pick(causal=causal, cu_seqlens=cu_seqlens, precision=precision):
+            if precision is None or launch.capability(inputs["q"]) >= (8, 9):
+                options = {"causal": causal, "cu_seqlens": cu_seqlens, "precision": precision}
+                indexer.lightning_indexer(**inputs, topk=2048, **options, backend="triton")
 
         yield operation.name, pick
 

@@ -181,6 +181,20 @@ def check_dtype(x: Tensor) -> None:
         )
 
 
+def check_fp8(x: Tensor) -> None:
+    """Check that the GPU that x is on multiplies fp8; Triton's interpreter does.
+
+    Raises:
+        ValueError: for a compute capability below 8.9.
+    """
+    found = capability(x)
+    if (0, 0) < found < (8, 9):
+        raise ValueError(
+            f"fp8 takes a GPU of compute capability 8.9 or higher, not {found[0]}.{found[1]}: choose backend='torch', "
+            "or precision=None"
+        )
+
+
 def launch_kernel(
     kernel, *tensors: Tensor | None, grid: tuple[int, ...], named: dict, warps: int = 4, stages: int = 3
 ) -> None:

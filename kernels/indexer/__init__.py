@@ -14,6 +14,7 @@ from kernels.common.arguments import check_packed, check_shape
 from kernels.common.dispatch import choose_backend
 from kernels.common.operation import Operation
 from kernels.indexer.blocks import lightning_indexer_blocks, lightning_indexer_flops
+from kernels.indexer.fp8 import rounded
 from kernels.indexer.loss import forward as loss_in_blocks
 from kernels.indexer.loss import lightning_indexer_loss_flops
 from kernels.indexer.problems import KEPT, random_problem
@@ -38,6 +39,7 @@ def lightning_indexer(
     *,
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
+    precision: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the places of the topk visible keys s of highest score sum_h weights[t, h] relu(q[t, h] . k[s]).
@@ -54,9 +56,12 @@ def lightning_indexer(
         causal: whether a query sees the keys up to its own place, or all of them.
         cu_seqlens: [N + 1] int32 or int64: the batch of one row holds N documents one after the other, the n-th from
             cu_seqlens[n] to cu_seqlens[n + 1], which do not see each other.
-        backend: "auto" (see `choose_backend`), "torch" (in blocks), "reference" (all scores in memory),,
-            "triton" (float32, bfloat16 and float16) or "cuda" (Hopper, bfloat16, up to 64 heads of up to 128
-            dimensions; built on first use). Scores are in float32, or float64 for float64 inputs.
+        precision: "fp8" rounds q and k to fp8 (E4M3) first, each row of D numbers with a scale of its own, a power of
+            two (see `fp8.quantised`); None takes them as they are.
+        backend: "auto" (see `choose_backend`), "torch" (in blocks), "reference" (all scores in memory),
+            "triton" (float32, bfloat16 and float16; multiplies in fp8 what is in fp8, on GPUs of compute capability 8.9
+            or higher) or "cuda" (Hopper, bfloat16, up to 64 heads of up to 128 dimensions; built on first use; not in
+            fp8). Scores are in float32, or float64 for float64 inputs.
 
     Returns:
         [B, T, topk] int32: the places in rising order, and -1 behind them where fewer keys are visible.
@@ -67,19 +72,31 @@ def lightning_indexer(
     B, T, S = check_indexer("lightning_indexer", q, k, weights, causal, cu_seqlens)
     if topk < 1:
         raise ValueError(f"topk={topk} must be at least 1 key")
+    if precision not in (None, "fp8"):
+        raise ValueError(f"precision={precision!r} of lightning_indexer must be 'fp8', or None for that of q and k")
     if backend == "cuda":
+        if precision == "fp8":
+            raise ValueError("backend 'cuda' of lightning_indexer has no fp8: choose backend='auto', or precision=None")
         from kernels.indexer.cuda_operators import lightning_indexer_cuda
 
         return lightning_indexer_cuda(q, k, weights, cu_seqlens, topk, causal)
     backend = choose_backend(
-        OPERATION, backend, ["reference", "torch", "triton"], "torch", q, heads=q.shape[2], head_dim=q.shape[3]
+        FP8_OPERATION if precision == "fp8" else OPERATION,
+        backend,
+        ["reference", "torch", "triton"],
+        "torch",
+        q,
+        heads=q.shape[2],
+        head_dim=q.shape[3],
     )
     if q.numel() == 0 or S == 0:
         return q.new_full((B, T, topk), -1, dtype=torch.int32)
     if backend == "triton":
         from kernels.indexer.triton_operators import lightning_indexer_triton
 
-        return lightning_indexer_triton(q, k, weights, cu_seqlens, topk, causal)
+        return lightning_indexer_triton(q, k, weights, cu_seqlens, topk, causal, precision == "fp8")
+    if precision == "fp8":
+        q, k = rounded(q), rounded(k)
     if backend == "torch":
         return lightning_indexer_blocks(q, k, weights, cu_seqlens, topk, causal)
     return lightning_indexer_reference(q, k, weights, *visible_ranges(T, S, causal, cu_seqlens, q), topk)
@@ -170,13 +187,27 @@ TRIED = 48  # keys that a trial picks: fewer than it has tokens
 
 
 @wraps(lightning_indexer)
-def _scores_of_picks(q: Tensor, k: Tensor, weights: Tensor, *, backend: str) -> tuple[Tensor, None]:
+def _scores_of_picks(
+    q: Tensor, k: Tensor, weights: Tensor, *, backend: str, precision: str | None = None
+) -> tuple[Tensor, None]:
     """Return the scores [B, T, TRIED] of what a backend picks, in falling order and 0 for none, which is how it is
     tried: keys whose scores are as good as equal may change places."""
-    picked = lightning_indexer(q, k, weights, TRIED, backend=backend).long()
+    picked = lightning_indexer(q, k, weights, TRIED, precision=precision, backend=backend).long()
     scores = index_scores(q, k, weights).gather(2, picked.clamp(min=0)).masked_fill(picked < 0, -torch.inf)
     falling = scores.sort(dim=-1, descending=True).values
     return falling.masked_fill(falling.isneginf(), 0.0), None
 
 
+@wraps(lightning_indexer)
+def _scores_of_picks_in_fp8(q: Tensor, k: Tensor, weights: Tensor, *, backend: str) -> tuple[Tensor, None]:
+    return _scores_of_picks(q, k, weights, precision="fp8", backend=backend)
+
+
+def _random_problem_in_fp8(T: int, **sizes) -> dict[str, Tensor]:
+    """Return a random problem whose queries and keys fp8 holds: rounded again in another dtype they stay the same."""
+    inputs = random_problem(T, **sizes)
+    return inputs | {name: rounded(inputs[name]) for name in ("q", "k")}
+
+
 OPERATION = Operation(_scores_of_picks, random_problem, KEPT)
+FP8_OPERATION = Operation(_scores_of_picks_in_fp8, _random_problem_in_fp8, KEPT)

@@ -22,12 +22,12 @@ def range_of(begins, ends, t, T, S, CAUSAL: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first", "R", "T", "S"])
 def scores_kernel(
-    q, k, weights, scores, begins, ends, first, R, T, S, H: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, weights, scales, scores, begins, ends, first, R, T, S, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store scores [B, R, S] of the queries from `first` on; a tile that none of its queries may read is left as it
-    is."""
+    """Store scores [B, R, S] of the queries from `first` on, times the scales [B, S] of the keys where there are some;
+    a tile that none of its queries may read is left as it is."""
     key = tl.program_id(0) * BLOCK_S
     start, row = tl.program_id(1) * BLOCK_R, tl.program_id(2).to(tl.int64)
     stop = tl.minimum(start + BLOCK_R, R)
@@ -37,6 +37,7 @@ def scores_kernel(
         keys, heads, columns = key + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
         at = k + (row * S + keys)[:, None] * D + columns[None]
         k_first = tl.load(at, mask=(keys < S)[:, None] & (columns < D)[None], other=0.0)
+        of_keys = keys if scales is None else tl.load(scales + row * S + keys, mask=keys < S, other=0.0)
         for r in range(start, stop):
             query = row * T + first + r
             rows = q + (query * H + heads)[None] * D + columns[:, None]
@@ -50,7 +51,10 @@ def scores_kernel(
             score = tl.maximum(match, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None]
             if BLOCK_H > H:  # infinite keys times the zeros of heads that there are not
                 score = tl.where((heads < H)[None], score, 0.0)
-            tl.store(scores + (row * R + r) * S + keys, tl.sum(score, 1), mask=keys < S)
+            total = tl.sum(score, 1)
+            if scales is not None:
+                total *= of_keys
+            tl.store(scores + (row * R + r) * S + keys, total, mask=keys < S)
 
 
 @triton.jit

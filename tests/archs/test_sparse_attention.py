@@ -12,6 +12,7 @@ from archs.mixers.latent_attention import LatentAttention
 from archs.mixers.sparse_attention import Indexer, SparseAttention
 from archs.positions import Alibi, Rotary
 from archs.visibility import BIDIRECTIONAL, CAUSAL
+from kernels.indexer.fp8 import rounded
 
 WIDTH, T, TOP_K = 32, 50, 7
 PLACES = torch.arange(T)
@@ -66,6 +67,8 @@ def index_scores(mixer, x_TD, visibility):
     source = mixer.attention.query_input(x_BTD) if is_latent(mixer) else x_BTD
     q = indexer.position(indexer.query(source).view(1, T, indexer.heads, indexer.dim), PLACES)[0]
     k = indexer.position(indexer.key_norm(indexer.key(x_BTD))[:, :, None], PLACES)[0, :, 0]
+    if mixer.index_precision == "fp8":
+        q, k = rounded(q), rounded(k)
     w = indexer.weights(x_BTD)[0] / math.sqrt(indexer.heads * indexer.dim)
     return [
         torch.stack(
@@ -84,8 +87,9 @@ def chosen(scores, top_k):
 @pytest.mark.thorough
 @bases
 @visibilities
-def test_output_is_attention_over_the_tokens_of_highest_score(base, visibility):
-    mixer, x = build(base), inputs(1)
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_output_is_attention_over_the_tokens_of_highest_score(base, visibility, precision):
+    mixer, x = build(base, index_precision=precision), inputs(1)
     scores = index_scores(mixer, x[0], visibility)
     keys = [chosen(s, TOP_K) for s in scores]
     assert any(s.max() > 0 for s in scores) and any(s.min() < 0 for s in scores)  # signed weights
@@ -213,6 +217,7 @@ def test_a_decode_step_reads_no_more_than_it_picked(base):
     [
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"stage": "warm"}, "stage='warm' must be 'dense' or 'sparse'"),
+        ({"index_precision": "fp16"}, "index_precision='fp16' must be 'fp8', or null"),
         ({"attention": partial(BASES["grouped"], window=5)}, "leave out window, sinks and Alibi"),
         ({"attention": partial(BASES["grouped"], position=Alibi())}, "leave out window, sinks and Alibi"),
     ],

@@ -1,13 +1,14 @@
 """Tensor cores in Triton's interpreter, which by itself multiplies float32 where they take TF32, cuts bfloat16 off
 where they round it, and computes with the bits of bfloat16 as if they were integers.
 
-Under `emulate` a product has the operands that the hardware would see (bfloat16 exactly, float32 without the 13 bits
-that TF32 leaves out, in three such products for "tf32x3") and float32 sums; a cast to bfloat16 rounds to the nearest,
-ties to even; and any other arithmetic on bfloat16 is refused, since here it would be wrong without a word.
+Under `emulate` a product has the operands that the hardware would see (bfloat16 and fp8 exactly, float32 without the 13
+bits that TF32 leaves out, in three such products for "tf32x3") and float32 sums; a cast to bfloat16 rounds to the
+nearest, ties to even; and any other arithmetic on bfloat16 is refused, since here it would be wrong without a word.
 """
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
@@ -26,6 +27,11 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def from_e4m3(bits: np.ndarray) -> np.ndarray:
+    """Return as float32 what bits [uint8] of fp8 (E4M3) stand for."""
+    return torch.from_numpy(bits.view(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+
+
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:
     """Return float32 numbers without the bits that a tensor core does not read."""
     return (np.ascontiguousarray(x).view(np.uint32) & TF32_BITS).view(np.float32)
@@ -41,6 +47,8 @@ def multiplied(a: TensorHandle, b: TensorHandle, precision: str) -> np.ndarray:
     """Return the product, with float32 sums, of what the hardware reads of a and b."""
     if a.dtype.scalar == tl.bfloat16:
         return from_bfloat16(a.data) @ from_bfloat16(b.data)
+    if a.dtype.scalar == tl.float8e4nv:
+        return from_e4m3(a.data) @ from_e4m3(b.data)
     x, y = a.data.astype(np.float32), b.data.astype(np.float32)
     if a.dtype.scalar != tl.float32 or precision == "IEEE":
         return x @ y
@@ -67,7 +75,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
         return cast(self, src, dst_type)
 
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        if a.dtype.scalar.primitive_bitwidth == 8:
+        if a.dtype.scalar.primitive_bitwidth == 8 and a.dtype.scalar != tl.float8e4nv:
             raise TypeError(f"products of {a.dtype.scalar} are not emulated")
         return TensorHandle(multiplied(a, b, input_precision.name) + d.data, d.dtype.scalar)
 

@@ -33,8 +33,8 @@ def error(*pair):
     return ((found - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_half_precision_are_exact_but_for_float32_sums(triton_device, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_products_of_half_precision_and_of_fp8_are_exact_but_for_float32_sums(triton_device, dtype):
     assert error(*product(dtype)) < 3e-7
 
 
