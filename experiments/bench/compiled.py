@@ -164,6 +164,15 @@ def calls(dtype: torch.dtype, size: int) -> Iterator:
 
             yield operation.name, train
             yield operation.name, decode
+    inputs = sparse.OPERATION.leaves(
+        sparse.OPERATION.random_problem(3, batch=1, heads=8, head_dim=size, picked=64), "cpu", dtype, gradients=True
+    )
+
+    @mock.patch("kernels.sparse.triton_operators.names_many", lambda *inputs: False)
+    def train_by_pairs():
+        sparse.OPERATION.on_backend("triton")(**inputs).sum().backward()
+
+    yield sparse.OPERATION.name, train_by_pairs
     sizes = {"batch": 1, "heads": 2, "key_heads": 1, "head_dim": min(size, 128), "value_dim": min(size, 128)}
     step = delta_step.OPERATION
     for change in ({}, {"a": None, "A_log": None, "dt_bias": None}):

@@ -103,14 +103,6 @@ def all_tokens(T: int, **sizes) -> dict[str, Tensor]:
     return inputs | {"token_weights": torch.ones_like(inputs["token_weights"])}
 
 
-def pairs_at_once(numbers: Callable[[dict], int]) -> Blocks:
-    """Return the blocks of queries of a backward pass that keeps so many numbers of each pair, and two per head."""
-    return Blocks(
-        "kernels.sparse.triton_operators.queries_at_once",
-        lambda s: (s["picked"], numbers(s) + 2 * s["heads"], DTYPES[s["dtype"]].itemsize),
-    )
-
-
 HOST = torch.empty(0)
 
 COUNTABLE = {
@@ -144,14 +136,17 @@ COUNTABLE = {
         lambda T, s: (
             s["batch"] * sparse.sparse_attention_flops(T, s["heads"], s["head_dim"], s["value_dim"], s["picked"])
         ),
-        blocks=pairs_at_once(lambda s: s["kv_heads"] * (s["head_dim"] + s["value_dim"])),
+        blocks=Blocks("kernels.sparse.triton_operators.queries_of_part", lambda s: (s["length"],)),
     ),
     "latent_attention": Countable(
         replace(sparse.LATENT_OPERATION, run=latent),
         even_latents,
         CONTESTS["latent_attention"].flops,
         arguments=("value_dim",),
-        blocks=pairs_at_once(lambda s: s["head_dim"]),
+        blocks=Blocks(  # whose backward pass keeps the numbers of a key for each pair, and two per head
+            "kernels.sparse.triton_operators.queries_at_once",
+            lambda s: (s["picked"], s["head_dim"] + 2 * s["heads"], DTYPES[s["dtype"]].itemsize),
+        ),
     ),
     "grouped_matmul": Countable(grouped.OPERATION, even_loads, CONTESTS["grouped_matmul"].flops),
     "linear_cross_entropy": Countable(

@@ -4,6 +4,8 @@ Shape letters: B sequences, T queries, S keys, H query heads, G key-value heads,
 K indices of a query.
 """
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from kernels.sparse import gathered
 from kernels.sparse.operators import register, sparse_attention_flops
 from kernels.sparse.problems import KEPT, random_latents, random_problem
 from kernels.sparse.reference import sparse_attention_reference
+from kernels.sparse.ways import WORTH, names_many
 
 __all__ = ["LATENT_OPERATION", "OPERATION", "sparse_attention", "sparse_attention_flops"]
 
@@ -60,7 +63,8 @@ def sparse_attention(
         indices = indices.new_full((*indices.shape[:2], 1), -1)
         k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
     shared = is_slice(k, v)
-    operation = LATENT_OPERATION if shared and G == 1 else OPERATION
+    operation = OPERATION if not shared and names_many(q, k, indices) else FEW_OPERATION
+    operation = LATENT_OPERATION if shared and G == 1 else operation
     groups = {} if operation is LATENT_OPERATION else {"kv_heads": 1}
     sizes = {"heads": H // G, "head_dim": D, "value_dim": V, "picked": min(K, 64)} | groups
     backend = choose_backend(operation, backend, BACKENDS, "torch", q, **sizes)
@@ -125,5 +129,13 @@ def latent_attention(
     return sparse_attention(q, k, k[..., : latent.shape[-1]], indices, backend=backend)
 
 
+@wraps(sparse_attention)
+def _few_named(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    """Return `sparse_attention` with so many more keys, which nobody names, that queries name few of all."""
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, WORTH * indices.shape[2])) for x in (k, v))
+    return sparse_attention(q, k, v, indices, backend=backend)
+
+
 OPERATION = Operation(sparse_attention, random_problem, KEPT)
+FEW_OPERATION = Operation(_few_named, random_problem, KEPT)
 LATENT_OPERATION = Operation(latent_attention, random_latents, KEPT)

@@ -1,8 +1,10 @@
 """Sparse attention in Triton. A program has a query and the heads of one group, as rows of its matrix products; it
 gathers the keys of the query once for all of them. Sums are in float32.
 
-The gradients of keys and values are summed without atomics. A pair of a query and a key first gets a row of its own,
-summed over the heads of the group; then a program per key adds up the rows of its pairs, which have been sorted by key.
+The gradients of keys and values are summed without atomics, in one of two ways. Where queries name few of the keys, a
+pair of a query and a key first gets a row of its own, summed over the heads of the group; then a program per key adds
+up the rows of its pairs, which have been sorted by key. Where they name many (`ways.names_many`), a program
+holds a tile of keys and goes through the queries, with how often each names each: more products, and no row of a pair.
 
 A key has three parts of A, B and C numbers, whose blocks are powers of two. Where values are the beginning of their
 keys (SHARED) they are the first part, or with the second one: of larger accumulators ptxas spills registers.
@@ -118,13 +120,14 @@ def row_dots(x, y):
 
 @triton.jit(do_not_specialize=["T", "S", "first"])
 def queries_gradient_kernel(
-    q, k, v, indices, out, lse, dout, dlse, dq, weights, dscores, first, T, S, H, G, K, scale, SHARED: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, indices, out, lse, dout, dlse, dq, deltas, weights, dscores, first, T, S, H, G, K, scale,
+    SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dq; and for the queries from `first` on, by pair, the weights and the gradients of the scores of q and k,
-    both [queries, H, K]. They are stored up to the last block of keys that a query names."""
+    """Store dq; and of the queries from `first` on, by pair, the weights and the gradients of the scores of q and k,
+    both [queries, H, K], up to the last block of keys that a query names; without them deltas [B, T, H], what is taken
+    from the gradient of each weight."""
     query = first + tl.program_id(0)
     heads, real = heads_of(query, H, G, BLOCK_M)
     base = tl.load(lse + heads, mask=real, other=0.0) * LOG2_E
@@ -160,21 +163,68 @@ def queries_gradient_kernel(
         dp = product(dfound, tl.trans(values), PRECISION)
         if SHARED and B:
             dp += product(dmore, tl.trans(kb), PRECISION)
-        ds = (p * (dp - delta[:, None]) * scale).to(dscores.dtype.element_ty)
+        ds = (p * (dp - delta[:, None]) * scale).to(dq.dtype.element_ty)
         dqa += product(ds, ka, PRECISION)
         if B:
             dqb += product(ds, kb, PRECISION)
         if C:
             dqc += product(ds, kc, PRECISION)
-        j = start + tl.arange(0, BLOCK_N)
-        at, mask = pairs[:, None] * K + j[None], real[:, None] & (j < K)[None]
-        tl.store(weights + at, p.to(weights.dtype.element_ty), mask=mask)
-        tl.store(dscores + at, ds, mask=mask)
+        if weights is not None:
+            j = start + tl.arange(0, BLOCK_N)
+            at, mask = pairs[:, None] * K + j[None], real[:, None] & (j < K)[None]
+            tl.store(weights + at, p.to(weights.dtype.element_ty), mask=mask)
+            tl.store(dscores + at, ds, mask=mask)
+    if weights is None:
+        tl.store(deltas + heads, delta, mask=real)
     put_part(dqa, dq, heads, real, D, 0, A, BLOCK_A)
     if B:
         put_part(dqb, dq, heads, real, D, A, B, BLOCK_B)
     if C:
         put_part(dqc, dq, heads, real, D, A + B, C, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["T", "S", "PART"])
+def tiles_gradient_kernel(
+    q, k, v, counts, lse, dout, deltas, sums, T, S, H, G, scale, PART, D: tl.constexpr, V: tl.constexpr,
+    W: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store in sums [T / PART, B, S, G, W] what PART queries add to the gradients of a tile of keys and of its values;
+    counts [B, T, S + 1]: how often a query names a key. Rows are the heads of a group of one query after the other."""
+    key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sequence, group, heads = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, H // G
+    keys, exist = (sequence * S + key) * G + group, key < S
+    ka, values = part(k, keys, exist, D, 0, A, BLOCK_A), part(v, keys, exist, V, 0, V, BLOCK_V)
+    kb = part(k, keys, exist, D, A, B, BLOCK_B) if B else ka
+    dka, dkb = tl.zeros((BLOCK_N, BLOCK_A), tl.float32), tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+    dvalues = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    begin, end = tl.program_id(2) * PART * heads, tl.minimum((tl.program_id(2) + 1) * PART, T) * heads
+    for start in range(begin, end, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
+        real, query = place < end, sequence * T + place // heads
+        at = counts + query[None] * (S + 1) + key[:, None]
+        named = tl.load(at, mask=real[None] & exist[:, None], other=0)
+        rows = query * H + group * heads + place % heads
+        base = tl.load(lse + rows, mask=real, other=0.0) * LOG2_E
+        base = tl.where(base == float("-inf"), 0.0, base)
+        delta = tl.load(deltas + rows, mask=real, other=0.0)
+        qa, dfound = part(q, rows, real, D, 0, A, BLOCK_A), part(dout, rows, real, V, 0, V, BLOCK_V)
+        qb = part(q, rows, real, D, A, B, BLOCK_B) if B else qa
+        scores = product(ka, tl.trans(qa), PRECISION)
+        if B:
+            scores += product(kb, tl.trans(qb), PRECISION)
+        p = tl.where(named > 0, tl.exp2(scores * (scale * LOG2_E) - base[None]), 0.0) * named.to(tl.float32)
+        dp = product(values, tl.trans(dfound), PRECISION)
+        ds = tl.where(named > 0, p * (dp - delta[None]) * scale, 0.0).to(ka.dtype)
+        dvalues += product(p.to(ka.dtype), dfound, PRECISION)
+        dka += product(ds, qa, PRECISION)
+        if B:
+            dkb += product(ds, qb, PRECISION)
+    sums += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // G) * S * G * W
+    put_part(dka, sums, keys, exist, W, 0, A, BLOCK_A)
+    if B:
+        put_part(dkb, sums, keys, exist, W, A, B, BLOCK_B)
+    put_part(dvalues, sums, keys, exist, W, D, V, BLOCK_V)
 
 
 @triton.jit

@@ -10,14 +10,14 @@ from torch import Tensor
 from kernels.common.launch import block_for, block_sizes, check_dtype, launch_kernel, power_of_two, precision_for
 from kernels.sparse import triton_kernels as kernels
 from kernels.sparse.operators import register
+from kernels.sparse.ways import COUNT, WORKSPACE, names_many
 
 LARGEST_HEAD = 256  # where values are numbers of their own
 LARGEST_PART = 256  # of a value that is the beginning of its key
 LARGEST_LATENT = 512, 576  # a value that is the beginning of its key, and the key
-# Bytes in which the gradients of the pairs of some queries lie before they are summed by key.
-WORKSPACE = 1 << 30
 SUMMED = 32  # pairs that a program adds up at once, of
 COLUMNS = 128  # numbers
+TILE, TILE_ROWS = 64, 32  # keys that a program holds, and rows of queries that it takes at once
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, value_dim: int, scale: float, backward: bool):
@@ -58,7 +58,61 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v, as `gathered.backward`.
+    """Return the gradients of q, k and v, as `gathered.backward`."""
+    if v is not None and names_many(q, k, indices):
+        return _backward_by_tiles(q, k, v, indices, out, lse, dout, dlse, scale)
+    return _backward_by_pairs(q, k, v, indices, out, lse, dout, dlse, scale)
+
+
+def _backward_by_tiles(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients: of keys and values from all queries, by tiles of keys.
+
+    The queries of a sequence are taken in parts, each summed by itself: 8 B S G W bytes for each of them. A query that
+    is NaN makes the gradients of all keys of its sequence so, those too that it does not name.
+    """
+    named, options = _sizes(q, k, v, indices, out.shape[3], scale, backward=True)
+    (B, T, _, D), (S, G), W = q.shape, k.shape[1:3], named["W"]
+    dq, deltas = torch.empty_like(q), torch.empty_like(lse)
+    grid = (B * T, G, -(-(q.shape[2] // G) // named["BLOCK_M"]))
+    launch_kernel(
+        kernels.queries_gradient_kernel, q, k, v, indices, out, lse, dout, dlse, dq, deltas, None, None, grid=grid,
+        named=named | {"first": 0}, **options,
+    )  # fmt: skip
+    part = queries_of_part(T)
+    parts = -(-T // part)
+    sums = torch.empty(parts, B, S, G, W, dtype=torch.float32, device=q.device)
+    launch_kernel(
+        kernels.tiles_gradient_kernel, q, k, v, _counts(indices, S), lse, dout, deltas, sums,
+        grid=(-(-S // TILE), B * G, parts), warps=8, stages=2,
+        named=named | {"PART": part, "BLOCK_M": TILE_ROWS, "BLOCK_N": TILE},
+    )  # fmt: skip
+    dk, dv = sums.sum(0).split([D, W - D], dim=-1)
+    return dq, dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+
+
+def queries_of_part(T: int) -> int:
+    """Return how many queries a program goes through that holds a tile of keys."""
+    return min(T, 1024)
+
+
+def _counts(indices: Tensor, S: int) -> Tensor:
+    """Return how often each query names each key, [B, T, S + 1]; in the last column, none."""
+    counts = torch.zeros(*indices.shape[:2], S + 1, dtype=COUNT, device=indices.device)
+    place = torch.where((indices >= 0) & (indices < S), indices, S).flatten(0, 1)
+    first = torch.arange(len(place), device=place.device)[:, None] * (S + 1)
+    one = torch.ones((), dtype=COUNT, device=place.device).expand(place.numel())
+    counts.view(-1).scatter_add_(0, (first + place).flatten(), one)  # of integers: in any order the same
+    return counts
+
+
+def _backward_by_pairs(
+    q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients: of keys and values from rows of the pairs that are named.
 
     Some queries at a time, as many as WORKSPACE has room for: each pair's gradients are written, W numbers in the
     dtype of the inputs, and read once by the sum over the pairs of a key, in an order that a sort gives. That is
@@ -76,8 +130,8 @@ def backward(
     for first in range(0, B * T, queries):
         n = min(queries, B * T - first)
         launch_kernel(
-            kernels.queries_gradient_kernel, q, k, k if v is None else v, indices, out, lse, dout, dlse, dq, weights,
-            dscores, grid=(n, G, heads), named=named | {"first": first}, **options,
+            kernels.queries_gradient_kernel, q, k, k if v is None else v, indices, out, lse, dout, dlse, dq, None,
+            weights, dscores, grid=(n, G, heads), named=named | {"first": first}, **options,
         )  # fmt: skip
         for of_keys, of_values in [(True, True)] if v is None else [(True, False), (False, True)]:
             launch_kernel(

@@ -107,11 +107,11 @@ def test_even_picks_exist_and_name_every_key_so_that_chance_moves_no_byte():
 @pytest.mark.thorough
 def test_blocks_of_unequal_size_are_continued_as_they_would_be_counted(monkeypatch):
     """Seven queries in blocks of three: 3, 3 and 1."""
-    shape = {"operation": "sparse_attention", "dtype": "bfloat16", "batch": 1, "length": 7, "keys": 32, "heads": 2}
-    shape |= {"kv_heads": 1, "head_dim": 16, "value_dim": 16, "picked": 32}
+    shape = {"operation": "latent_attention", "dtype": "bfloat16", "batch": 1, "length": 7, "keys": 32, "heads": 2}
+    shape |= {"head_dim": 32, "value_dim": 16, "picked": 32}
     sizes = {key: value for key, value in shape.items() if key not in ("operation", "dtype", "length")}
-    monkeypatch.setattr("kernels.sparse.triton_operators.WORKSPACE", 3 * 32 * (16 + 16 + 2 * 2) * 2)
-    counted = ledger.counted("sparse_attention", 7, sizes, torch.bfloat16)
+    monkeypatch.setattr("kernels.sparse.triton_operators.WORKSPACE", 3 * 32 * (32 + 2 * 2) * 2)
+    counted = ledger.counted("latent_attention", 7, sizes, torch.bfloat16)
     assert ledger.totals(counted["backward"])["sums_kernel"].launches == 3
     continued = ledger.at_published(shape | {"smallest": [{"length": 1}, {"keys": 16, "picked": 16}]})
     assert continued == {name: ledger.totals(rows) for name, rows in counted.items()}

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import sparse, sparse_attention, sparse_attention_flops
+from kernels.common.trial import TOLERANCE, error_against_reference
 from kernels.sparse import LATENT_OPERATION, OPERATION, gathered
+from kernels.sparse.ways import names_many
 from tests.kernels.cases import assert_equal, assert_within_twice
 
 thorough = pytest.mark.thorough
@@ -15,6 +17,20 @@ on_triton = pytest.mark.usefixtures("triton_device", "poisoned")
 GROUPED = OPERATION, {"heads": 6, "kv_heads": 2, "head_dim": 20, "value_dim": 12}
 LATENT = LATENT_OPERATION, {"heads": 5, "head_dim": 40, "value_dim": 32}
 forms = pytest.mark.parametrize("form", [GROUPED, LATENT], ids=["grouped", "latent"])
+
+
+@pytest.fixture
+def backward(request, monkeypatch):
+    """Gradients of keys and values by rows of pairs that are named, or by tiles of keys, which latents never take."""
+    from kernels.sparse import triton_operators
+
+    monkeypatch.setattr(triton_operators, "names_many", lambda *inputs: request.param == "tiles")
+
+
+ways = [(GROUPED, "pairs"), (GROUPED, "tiles"), (LATENT, "pairs")]
+by_both_ways = pytest.mark.parametrize(
+    ("form", "backward"), ways, ids=["grouped by pairs", "grouped by tiles", "latent"], indirect=["backward"]
+)
 backends = pytest.mark.parametrize("backend", ["reference", "torch"])
 
 
@@ -204,28 +220,34 @@ def test_torch_compile_sees_one_operator():
 
 @thorough
 @on_triton
-@forms
+@by_both_ways
 @pytest.mark.parametrize(("T", "picked"), [(1, 1), (5, 3), (33, 16), (70, 40)])
-def test_triton_is_right_at_every_length(form, triton_device, T, picked):
+def test_triton_is_right_at_every_length(form, backward, triton_device, T, picked):
     assert_triton_is_right(form, triton_device, problem(form, T, batch=1, picked=picked))
 
 
 @thorough
 @on_triton
 @pytest.mark.parametrize(
-    ("form", "sizes"),
+    ("form", "sizes", "backward"),
     [
-        (GROUPED, {"heads": 2}),
-        (GROUPED, {"heads": 40}),
-        (GROUPED, {"head_dim": 16, "value_dim": 40}),
-        (GROUPED, {"head_dim": 48, "value_dim": 16}),
-        (GROUPED, {"head_dim": 7, "value_dim": 3}),
-        (LATENT, {"heads": 70}),
-        (LATENT, {"head_dim": 33, "value_dim": 20}),
-        (LATENT, {"head_dim": 16, "value_dim": 16}),
+        (GROUPED, {"heads": 2}, "pairs"),
+        (GROUPED, {"heads": 2}, "tiles"),
+        (GROUPED, {"heads": 40}, "pairs"),
+        (GROUPED, {"heads": 40}, "tiles"),
+        (GROUPED, {"head_dim": 16, "value_dim": 40}, "pairs"),
+        (GROUPED, {"head_dim": 16, "value_dim": 40}, "tiles"),
+        (GROUPED, {"head_dim": 48, "value_dim": 16}, "pairs"),
+        (GROUPED, {"head_dim": 48, "value_dim": 16}, "tiles"),
+        (GROUPED, {"head_dim": 7, "value_dim": 3}, "pairs"),
+        (GROUPED, {"head_dim": 7, "value_dim": 3}, "tiles"),
+        (LATENT, {"heads": 70}, "pairs"),
+        (LATENT, {"head_dim": 33, "value_dim": 20}, "pairs"),
+        (LATENT, {"head_dim": 16, "value_dim": 16}, "pairs"),
     ],
+    indirect=["backward"],
 )
-def test_triton_takes_heads_of_any_number_and_size(form, sizes, triton_device):
+def test_triton_takes_heads_of_any_number_and_size(form, sizes, backward, triton_device):
     assert_triton_is_right(form, triton_device, problem(form, 20, batch=1, **sizes))
 
 
@@ -241,8 +263,8 @@ def test_triton_takes_latents_in_two_parts(head_dim, value_dim, triton_device, m
 
 @thorough
 @on_triton
-@forms
-def test_triton_in_half_precision_errs_no_more_than_twice_as_much(form, triton_device):
+@by_both_ways
+def test_triton_in_half_precision_errs_no_more_than_twice_as_much(form, backward, triton_device):
     """float16: the interpreter is wrong for bfloat16."""
     dtype = torch.bfloat16 if triton_device == "cuda" else torch.float16
     low = {name: x.to(dtype) if x.dim() > 3 else x for name, x in problem(form, 40).items()}
@@ -251,13 +273,16 @@ def test_triton_in_half_precision_errs_no_more_than_twice_as_much(form, triton_d
 
 @thorough
 @on_triton
-@forms
-def test_triton_goes_through_the_queries_in_parts_and_two_runs_are_equal_bit_for_bit(form, triton_device, monkeypatch):
+@by_both_ways
+def test_triton_goes_through_the_queries_in_parts_and_two_runs_are_equal_bit_for_bit(
+    form, backward, triton_device, monkeypatch
+):
     from kernels.sparse import triton_operators
 
     inputs = problem(form, 13)
     whole = run(form, inputs, "triton", triton_device, torch.float32)
     monkeypatch.setattr(triton_operators, "WORKSPACE", 5 * 16 * (2 * 32 + 2 * 6) * 4)  # five queries or so
+    monkeypatch.setattr(triton_operators, "queries_of_part", lambda T: 5)
     assert_triton_is_right(form, triton_device, inputs)
     first, second = (run(form, inputs, "triton", triton_device, torch.float32) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -266,13 +291,55 @@ def test_triton_goes_through_the_queries_in_parts_and_two_runs_are_equal_bit_for
 
 @thorough
 @on_triton
-@forms
-def test_triton_takes_queries_of_no_key_and_indices_in_any_place(form, triton_device):
+@by_both_ways
+def test_triton_takes_queries_of_no_key_and_indices_in_any_place(form, backward, triton_device):
     inputs = with_indices(problem(form, 9, batch=1), [[], [-1, -1, 1, -1, 0], [2]])
     found = run(form, inputs, "triton", triton_device, torch.float32, to_lse=False)
     truth = run(form, inputs, "reference", to_lse=False)
     for name, x in found.items():
         torch.testing.assert_close(x.cpu().double(), truth[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@thorough
+@on_triton
+@pytest.mark.parametrize("backward", ["pairs", "tiles"], indirect=True)
+def test_triton_counts_a_key_named_twice_twice_and_reads_none_that_is_not_named(backward, triton_device):
+    inputs = with_indices(problem(GROUPED, 9, batch=1), [[3, 3, 3, 5], [3, 5, 3]])
+    inputs["indices"][inputs["indices"] == 7] = -1
+    inputs["k"][:, 7], inputs["v"][:, 7] = torch.nan, torch.inf
+    found = run(GROUPED, inputs, "triton", triton_device, torch.float32, to_lse=False)
+    truth = run(GROUPED, inputs, "reference", to_lse=False)
+    for name, x in found.items():
+        torch.testing.assert_close(x.cpu().double(), truth[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert (found["dk"][:, 7] == 0).all() and (found["dv"][:, 7] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "picked", "S", "many"),
+    [(16, 1024, 4096, True), (16, 512, 4096, True), (16, 256, 4096, False), (128, 2048, 4096, False)],
+)
+def test_tiles_are_taken_where_queries_name_many_of_the_keys(heads, picked, S, many):
+    q, k = (torch.empty(1, n, h, 64, device="meta", dtype=torch.bfloat16) for n, h in ((4096, heads), (S, 1)))
+    assert names_many(q, k, torch.empty(1, 4096, picked, device="meta")) is many
+    assert not names_many(q.float(), k.float(), torch.empty(1, 4096, picked, device="meta"))
+    assert not names_many(*(x.expand(100, -1, -1, -1) for x in (q, k)), torch.empty(100, 4096, picked, device="meta"))
+
+
+@thorough
+@on_triton
+@pytest.mark.parametrize("way", ["tiles", "pairs"])
+def test_a_trial_takes_the_way_that_the_call_would_take(way, triton_device, monkeypatch):
+    from kernels.sparse import triton_operators
+
+    other = "_backward_by_pairs" if way == "tiles" else "_backward_by_tiles"
+    monkeypatch.setattr(triton_operators, other, lambda *args: pytest.fail("the other way"))
+    operation = sparse.OPERATION if way == "tiles" else sparse.FEW_OPERATION
+    inputs = problem(GROUPED, 9, batch=1, picked=4)
+    side = operation.on_backend("triton")
+    assert (
+        error_against_reference(side, operation, inputs, triton_device, torch.float16, gradients=True)
+        < TOLERANCE[torch.float16]
+    )
 
 
 @thorough
