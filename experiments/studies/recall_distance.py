@@ -52,12 +52,14 @@ class RecallDistance(Ablation):
         ranges = [column for column in map(str, runs) if column.startswith("@")]
         canvas = Figure(figsize=(10, 5.4), layout="constrained")
         panels = canvas.subplots(-(-len(self.variants) // 3), 3, sharex=True, sharey=True, squeeze=False).flat
-        for panel, name, colour in zip(panels, self.variants, COLOURS, strict=False):
+        for name, colour, panel in zip(self.variants, COLOURS, panels, strict=False):
             for _, run in runs[runs.variant == name].iterrows():
                 panel.plot([int(column[1:]) for column in ranges], run[ranges], color=colour, marker="o", ms=4)
             panel.set_xscale("log", base=2)
             panel.set(title=name.replace("_", " "), ylim=(-0.02, 1.02))
             panel.grid(alpha=0.3)
+        for unused in panels:
+            unused.remove()
         canvas.supxlabel("distance to the key, from", fontsize="medium")
         canvas.supylabel("fraction of answers recalled", fontsize="medium")
         return canvas
