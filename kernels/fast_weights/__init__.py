@@ -63,7 +63,8 @@ def delta_rule(
             have equally many: value head i reads head i // (HV / H).
         g: [B, T, HV], log of the decay, or [B, T, HV, K], one per key channel; None for none. Of any strength: -inf
             empties the memory. A positive one makes it grow; where the sum of positive gates of a chunk of 64 tokens
-            passes some 30, backends other than "reference" lose digits.
+            passes some 30, backends other than "reference" lose digits, and in float16 Triton gives NaN where it passes
+            11, since e^11.1 is the largest float16.
         scale: factor on the output; K ** -0.5 where None.
         initial_state: [N, HV, K, V], zeros where None.
         output_final_state: whether to return the state after the last token.
