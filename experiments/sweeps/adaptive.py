@@ -140,7 +140,7 @@ def lay(plan: Plan, arm: Arm, kind: str, budget: float, rows: pd.DataFrame) -> l
     centre = optimum(finished(rows, arm.name, "fit"), budget) or arm.optimum(budget)
     sizes = arm.sizes if kind == "fit" and arm.sizes else settings["sizes"]
     widths = arm.widths(centre, sizes, settings["span"])
-    return _possible(arm, kind, budget, widths, plan.settings["seeds"])
+    return _possible(arm, kind, budget, widths, settings.get("seeds") or plan.settings["seeds"])
 
 
 def optimum(runs: pd.DataFrame, budget: float) -> float | None:

@@ -204,12 +204,13 @@ def make_cells(arm: Arm, sweep: DictConfig) -> list[Cell]:
             for rate in rates if number == 0 else around(middle, rates):
                 cells += [arm.cell("tune", budget, width, seed, rate) for seed in sweep.tuning.seeds]
     sizes = arm.sizes or sweep.sizes
-    stages = [("fit", budget, sizes, sweep.span) for budget in sorted(map(float, sweep.budgets))]
+    stages = [("fit", budget, sizes, sweep) for budget in sorted(map(float, sweep.budgets))]
     if sweep.holdout:
-        stages.append(("holdout", float(sweep.holdout.budget), sweep.holdout.sizes, sweep.holdout.span))
-    for kind, budget, sizes, span in stages:
-        for width in arm.widths(arm.optimum(budget), sizes, span):
-            cells += [arm.cell(kind, budget, width, seed, None) for seed in sweep.seeds]
+        stages.append(("holdout", float(sweep.holdout.budget), sweep.holdout.sizes, sweep.holdout))
+    for kind, budget, sizes, settings in stages:
+        for width in arm.widths(arm.optimum(budget), sizes, settings.span):
+            seeds = settings.get("seeds") or sweep.seeds
+            cells += [arm.cell(kind, budget, width, seed, None) for seed in seeds]
     return cells
 
 
@@ -236,6 +237,7 @@ def check(sweep: DictConfig) -> None:
     """
     lists = {name: sweep[name] for name in ("budgets", "seeds")}
     lists |= {f"tuning.{name}": sweep.tuning[name] for name in ("budgets", "learning_rates", "seeds") if sweep.tuning}
+    lists |= {"holdout.seeds": sweep.holdout.get("seeds") or []} if sweep.holdout else {}
     for name, values in lists.items():
         if len(set(values)) < len(values):
             raise ValueError(f"sweep.{name}={list(values)} must be different")

@@ -26,6 +26,7 @@ class HoldoutSettings(Closed):
     budget: Positive
     sizes: Count
     span: Factor
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
 
 
 class TuningSettings(Closed):

@@ -89,6 +89,16 @@ def test_later_budgets_are_laid_around_what_smaller_ones_found(sizes):
     assert sweep.plan.additions[-1].stage == "held-out sizes"
 
 
+@pytest.mark.parametrize("seeds", [[0], None])
+def test_the_held_out_budget_may_have_seeds_of_its_own(seeds):
+    holdout = {"budget": 9.6e11, "sizes": 1, "span": 1} | ({"seeds": seeds} if seeds else {})
+    sweep = Untrained(noise=0.0, tuning=None, seeds=[0, 1], holdout=holdout)
+    sweep.carry_out("fit", further_sizes)
+    addition = held_out_sizes(sweep.plan, sweep.arms, sweep.rows)
+    assert [cell.seed for cell in addition.cells if cell.arm == "arm0"] == (seeds or [0, 1])
+    assert {cell.seed for cell in sweep.plan.select("fit")} == {0, 1}
+
+
 def test_an_arm_may_have_its_own_number_of_sizes():
     sweep = Untrained(noise=0.0, tuning=None, holdout=None, fewer={"arm1": 3})
     sweep.carry_out("fit", further_sizes)

@@ -25,7 +25,7 @@ from tests.sweeps.untrained import Untrained
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "sweep=quickstart", "sweep.arms=[{arch:transformer,objective:next_token}]", "sweep.tuning=null",
+    "sweep=quickstart", "sweep.arms=[{arch:transformer,objective:next_token}]", "sweep.tuning=null", "sweep.seeds=[0]",
     "sweep.holdout=null", "sweep.recentre=false", "sweep.widen=0", "sweep.budgets=[2e8]", "sweep.sizes=5",
     "sweep.span=4", "sweep.tokens_per_parameter=0.5", "data=hidden_markov", "data.sequence_length=32",
     "data.tokens.train_tokens=65536", "data.tokens.heldout_tokens=512", "data.allow_repeats=true",

@@ -61,7 +61,9 @@ def test_a_plan_has_every_arm_budget_size_and_seed_once(sweep, arms, data):
             assert (
                 len(group) == 8 and len({cell.width for cell in group}) == 4 and {cell.seed for cell in group} == {0, 1}
             )
-        assert len([cell for cell in mine if cell.kind == "holdout"]) == 4
+        assert [cell.seed for cell in mine if cell.kind == "holdout"] == [0, 1] * 2
+    held_out = planned(sweep(holdout=SWEEP["holdout"] | {"seeds": [7]}), arms, data).select("holdout", plan.arms[0])
+    assert [cell.seed for cell in held_out] == [7, 7]
     assert json.loads(json.dumps(jsonable(plan))) == jsonable(plan)
     assert [Cell(**cell) for cell in jsonable(plan)["cells"]] == plan.cells
     assert plan.design.cells == len(plan.cells) and plan.design.corpus.digest == data.digest
@@ -167,6 +169,7 @@ def test_what_is_launched_for_a_cell_is_the_run_that_was_planned(sweep, arms, ma
     [
         ({"budgets": [1e9, 1e9]}, r"sweep.budgets=\[1000000000.0, 1000000000.0\] must be different"),
         ({"holdout": {"budget": 4e9, "sizes": 1, "span": 2}}, "must lie above the largest fitted budget"),
+        ({"holdout": SWEEP["holdout"] | {"seeds": [2, 2]}}, r"sweep.holdout.seeds=\[2, 2\] must be different"),
         ({"arms": [SWEEP["arms"][0]] * 2}, "must have different names"),
         ({"tuning": SWEEP["tuning"] | {"seeds": [1, 1]}}, r"sweep.tuning.seeds=\[1, 1\] must be different"),
         ({"budgets": [1e5]}, r"budget 1e\+05, width \d+.*costs this model \S+ FLOPs"),
