@@ -32,9 +32,10 @@ pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parents[2]
 ONE_ARM = "sweep.arms=[{arch:transformer,objective:next_token}]"
 SMALL = [
-    "sweep=quickstart", "hydra/launcher=basic", "sweep.budgets=[4e7,8e7]", "sweep.sizes=3", "sweep.span=4", "sweep.seeds=[0]",
-    "sweep.holdout={budget:1.6e8,sizes:2,span:2}", "sweep.tokens_per_parameter=0.5", "data.sequence_length=32",
-    "sweep.tuning={budgets:[4e7],learning_rates:[0.01,0.02],seeds:[1000],widen:0}", "data=hidden_markov",
+    "sweep=quickstart", "hydra/launcher=basic", "sweep.budgets=[4e7,8e7]", "sweep.sizes=3", "sweep.span=4",
+    "sweep.seeds=[0]", "sweep.holdout={budget:1.6e8,sizes:2,span:2}", "sweep.tokens_per_parameter=0.5",
+    "sweep.tuning={budgets:[4e7],learning_rates:[0.01,0.02],seeds:[1000],widen:0}",
+    "data=hidden_markov", "data.sequence_length=32",
     "sweep.recentre=false", "sweep.widen=0",
     "data.tokens.train_tokens=65536", "data.tokens.heldout_tokens=512", "data.allow_repeats=true",
     "budget.batch_tokens=512",
