@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -96,8 +97,9 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.zero_grad()
-        # A generator made anew from (seed, step) needs no place in the checkpoint.
-        generator = torch.Generator().manual_seed(self.seed * 2**40 + self.global_step)
+        # A generator made anew from (seed, step) needs no place in the checkpoint; torch takes 32 bits of a seed.
+        drawn = np.random.SeedSequence([self.seed, self.global_step]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(drawn[0]))
         made_in = self.global_step - self.global_step % self.objective.updates
         if self.learnt_from is None or self.learnt_from[0] != made_in:
             self.learnt_from = made_in, self.objective.experience(self.model, batch, generator)

@@ -150,10 +150,10 @@ def sharing(bounds: Sequence[bool], own_floors: bool = False) -> Form:
 
 
 def runs_of(table: pd.DataFrame, arms: Sequence[str]) -> Runs:
-    """Rows of the ledger as runs of a surface. A cell is a budget, the rank of the size among the arm's there, and a
-    seed."""
+    """Rows of the ledger as runs of a surface. A cell is a budget, a seed, and the rank of the size among those that
+    the arm ran there with that seed."""
     flops, tokens = table.flops.to_numpy(float), table.tokens.to_numpy(float)
-    rank = table.groupby(["arm", "budget_flops"]).params_total.rank(method="dense")
+    rank = table.groupby(["arm", "budget_flops", "seed"]).params_total.rank(method="dense")
     cell = pd.MultiIndex.from_arrays([table.budget_flops, rank, table.seed]).factorize()[0]
     return Runs(
         arm=np.array([list(arms).index(arm) for arm in table.arm]),

@@ -7,6 +7,7 @@ Shape letters: R runs, P free parameters, G groups of runs whose errors are corr
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -117,7 +118,7 @@ def planned_power(
     runs = planned_runs(cells, arms)
     fit = assumed(runs, bounds, noise) if known is None else replace(known, model=_moved(known.model, runs))
     centre = float(np.log(sorted({cell.budget for cell in cells})).mean())
-    seeds = len({cell.seed for cell in cells})
+    seeds = int(np.median(list(Counter((cell.arm, cell.budget, cell.width) for cell in cells).values())))
     return [power_of(fit, arm, 0, centre, 0.0, seeds) for arm in range(1, len(arms))]
 
 

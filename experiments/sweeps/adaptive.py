@@ -18,7 +18,7 @@ from experiments.scaling.design import Addition, Cell
 from experiments.scaling.joint import runs_of
 from experiments.scaling.surface import Form, fit
 from experiments.scaling.tuning import rate_curves, tuned_rate
-from experiments.sweeps.plan import Arm, Plan, around
+from experiments.sweeps.plan import Arm, Plan, around, own_seeds
 
 Arms = Mapping[str, Arm]
 Stage = Callable[[Plan, Arms, pd.DataFrame], Addition | None]
@@ -115,7 +115,7 @@ def _sizes_beyond(plan: Plan, arm: Arm, budget: float, rows: pd.DataFrame) -> tu
     ):
         width = arm.width_beyond(end, way)
         if best == end and extra < plan.settings["widen"] and width is not None:
-            new = _possible(arm, "fit", budget, [width], plan.settings["seeds"])
+            new = _possible(arm, "fit", budget, [(width, own_seeds(plan.settings["seeds"], budget, len(tried)))])
             return f"{arm.name} at {budget:.3g} FLOPs: width {width}, since the {side}, {end}, is best", new
     return "", []
 
@@ -139,8 +139,9 @@ def lay(plan: Plan, arm: Arm, kind: str, budget: float, rows: pd.DataFrame) -> l
     settings = plan.settings["holdout"] if kind == "holdout" else plan.settings
     centre = optimum(finished(rows, arm.name, "fit"), budget) or arm.optimum(budget)
     sizes = arm.sizes if kind == "fit" and arm.sizes else settings["sizes"]
-    widths = arm.widths(centre, sizes, settings["span"])
-    return _possible(arm, kind, budget, widths, settings.get("seeds") or plan.settings["seeds"])
+    seeds = settings.get("seeds") or plan.settings["seeds"]
+    widths = enumerate(arm.widths(centre, sizes, settings["span"]))
+    return _possible(arm, kind, budget, [(width, own_seeds(seeds, budget, number)) for number, width in widths])
 
 
 def optimum(runs: pd.DataFrame, budget: float) -> float | None:
@@ -170,10 +171,11 @@ def optimum(runs: pd.DataFrame, budget: float) -> float | None:
     return math.exp(float(level + slope * (held + at_budget - at_last)))
 
 
-def _possible(arm: Arm, kind: str, budget: float, widths: Iterable[int], seeds: Iterable[int]) -> list[Cell]:
-    """Cells of these widths, without those that the budget does not pay for or the corpus is too short for."""
+def _possible(arm: Arm, kind: str, budget: float, sizes: Iterable[tuple[int, list[int]]]) -> list[Cell]:
+    """Cells of these widths and seeds, without those that the budget does not pay for or the corpus is too short
+    for."""
     cells = []
-    for width in widths:
+    for width, seeds in sizes:
         for seed in seeds:
             try:
                 cells.append(arm.cell(kind, budget, width, seed, None))

@@ -1,7 +1,8 @@
 """The plan of a sweep: every cell with its model, tokens and FLOPs, fixed before the first run."""
 
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments.harness.weights import load_trained
 from experiments.scaling.design import BROKEN, Addition, Cell, Corpus, Design
 from objectives.post_training.tuning import Trained
 
+PLACES = 10_000  # of seeds, a thousand to each
 LAID_BLINDLY = 2  # fitted budgets whose sizes are laid around the guess N*, even where later ones are not
 SETTINGS = ("sizes", "span", "seeds", "holdout", "tuning", "recentre", "widen", "above_entropy")  # by which cells come
 FREE = ("commands", "additions")  # in which plans on disk and of a command may differ
@@ -208,10 +210,25 @@ def make_cells(arm: Arm, sweep: DictConfig) -> list[Cell]:
     if sweep.holdout:
         stages.append(("holdout", float(sweep.holdout.budget), sweep.holdout.sizes, sweep.holdout))
     for kind, budget, sizes, settings in stages:
-        for width in arm.widths(arm.optimum(budget), sizes, settings.span):
-            seeds = settings.get("seeds") or sweep.seeds
+        for number, width in enumerate(arm.widths(arm.optimum(budget), sizes, settings.span)):
+            seeds = own_seeds(settings.get("seeds") or sweep.seeds, budget, number)
             cells += [arm.cell(kind, budget, width, seed, None) for seed in seeds]
     return cells
+
+
+def own_seeds(seeds: Iterable[int], budget: float, number: int) -> list[int]:
+    """Seeds of one size's runs: of every budget and size its own, and the same for that size of every arm.
+
+    Runs of one initialisation err alike at every budget, and runs of one order of the data in every size. With the same
+    seeds everywhere an arm would be off as a whole, which no scatter of its runs about its surface shows; arms that
+    share a size's seeds share its order of the data, which their comparison then does not feel.
+
+    Args:
+        seeds: as they stand in the settings; they remain the last three digits.
+        number: of the size at this budget, from 0.
+    """
+    place = zlib.crc32(f"{budget:.6g} {number}".encode()) % PLACES
+    return [1000 * place + seed for seed in seeds]
 
 
 def around(rate: float, rates: Sequence[float]) -> list[float]:

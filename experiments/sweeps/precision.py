@@ -211,10 +211,13 @@ def _units(
 
 
 def _seeds(plan: Plan, place: tuple[Cell, Cell]) -> list[list[Cell]]:
-    """The cells of each further seed of an arm's size, with the reference's of that seed where it is not there yet."""
+    """The cells of each further seed of an arm's size, counted on from its first, with the reference's of that seed
+    where it is not there yet."""
     have = set(plan.select("fit"))
     used = {cell.seed for cell in have if cell.arm == place[0].arm and cell == replace(place[0], seed=cell.seed)}
-    free = [seed for seed in range(MOST_SEEDS + len(used)) if seed not in used][: max(0, MOST_SEEDS - len(used))]
+    first = place[0].seed // 1000 * 1000
+    unused = [seed for seed in range(first, first + MOST_SEEDS + len(used)) if seed not in used]
+    free = unused[: max(0, MOST_SEEDS - len(used))]
     return [[again for cell in place if (again := replace(cell, seed=seed)) not in have] for seed in free]
 
 

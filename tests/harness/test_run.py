@@ -21,6 +21,7 @@ from experiments.harness.run import execute
 from experiments.harness.trainer import Trainer
 from experiments.harness.weights import load_run
 from objectives.contracts import Batch
+from objectives.next_token import NextToken
 
 PAIRS = [(a, o) for a in ("transformer", "gated_delta_hybrid") for o in ("next_token", "masked_diffusion")]
 pairs = pytest.mark.parametrize(("arch", "objective"), PAIRS)
@@ -41,6 +42,19 @@ def test_every_backbone_trains_under_every_objective_and_learns(make_run, data, 
     assert row["flops"] == row["flops_per_token"] * row["tokens"] <= row["budget_flops"]
     nats = np.load(run.folder / "heldout_nats.npy")
     assert nats.sum() / math.log(2) / data.heldout_bytes == pytest.approx(row["bits_per_byte"])
+
+
+def test_every_seed_and_step_draws_noise_of_its_own(make_run, data, monkeypatch):
+    drawn, original = [], NextToken.loss
+
+    def loss(self, model, batch, generator):
+        drawn.append(float(torch.rand((), generator=generator)))
+        return original(self, model, batch, generator)
+
+    monkeypatch.setattr(NextToken, "loss", loss)
+    for seed in (0, 1, 20261123):
+        execute(make_run(f"seed={seed}"), data)
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_a_finished_run_is_not_trained_again(make_run, data, monkeypatch):

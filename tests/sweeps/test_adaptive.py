@@ -95,8 +95,8 @@ def test_the_held_out_budget_may_have_seeds_of_its_own(seeds):
     sweep = Untrained(noise=0.0, tuning=None, seeds=[0, 1], holdout=holdout)
     sweep.carry_out("fit", further_sizes)
     addition = held_out_sizes(sweep.plan, sweep.arms, sweep.rows)
-    assert [cell.seed for cell in addition.cells if cell.arm == "arm0"] == (seeds or [0, 1])
-    assert {cell.seed for cell in sweep.plan.select("fit")} == {0, 1}
+    assert [cell.seed % 1000 for cell in addition.cells if cell.arm == "arm0"] == (seeds or [0, 1])
+    assert {cell.seed % 1000 for cell in sweep.plan.select("fit")} == {0, 1}
 
 
 def test_an_arm_may_have_its_own_number_of_sizes():
@@ -132,7 +132,9 @@ def test_sizes_that_cannot_be_trained_are_not_added():
 
 
 def test_a_curve_with_failed_runs_waits_for_them_and_the_others_go_on():
-    sweep = Untrained(off=3.0, noise=0.0, tuning=None, failing=lambda cell: cell.arm == "arm0" and cell.seed == 0)
+    sweep = Untrained(
+        off=3.0, noise=0.0, tuning=None, failing=lambda cell: cell.arm == "arm0" and cell.seed % 1000 == 0
+    )
     sweep.carry_out("fit", further_sizes)
     widths = {arm: len(sweep.plan.select("fit", arm, 3e10)) for arm in sweep.arms}
     assert widths["arm0"] == 6 < widths["arm1"]
