@@ -62,7 +62,7 @@ def analyse(
         reference=reference,
         arms=arms,
         comparisons=tuple(against_reference(arm) for arm in design.arms[1:]),
-        warnings=_version_warnings(rows),
+        warnings=(*_version_warnings(rows), *_seed_warnings(rows)),
         cells=CellCounts(design.cells, *(int(status.get(word, 0)) for word in ("done", "diverged", "failed"))),
         record=None if folder is None else holdout.record(folder.parent),
     )
@@ -77,6 +77,17 @@ def _version_warnings(rows: pd.DataFrame) -> tuple[str, ...]:
     return (
         f"the runs were made by several versions of the code ({commits(done)}): what changed between them is part of "
         "the comparison",
+    )
+
+
+def _seed_warnings(rows: pd.DataFrame) -> tuple[str, ...]:
+    """A warning where sizes of an arm were run with the same seed."""
+    fitted = rows[(rows.kind == "fit") & (rows.status == "done")]
+    if not fitted.drop_duplicates(["arm", "budget_flops", "params_total", "seed"]).duplicated(["arm", "seed"]).any():
+        return ()
+    return (
+        "sizes share their seeds, or none are named: what an initialisation and an order of the data do to an arm as a "
+        "whole when they are used again is not in the intervals, which may be too narrow",
     )
 
 

@@ -63,7 +63,7 @@ def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shi
         wanted += [("holdout", HOLDOUT, np.linspace(-0.7, 0.7, 3), 0.01)]
         wanted += [("tune", BUDGETS[i], np.zeros(1), rate) for i in (0, 3) for rate in (0.005, 0.01, 0.02)]
         for number, (kind, budget, offsets, rate) in enumerate(wanted):
-            for offset in offsets:
+            for size, offset in enumerate(offsets):
                 offset = offset + (shift if kind == "fit" else 0.0)
                 params = round(math.sqrt(budget / 120) * math.exp(offset))
                 tokens = round(budget / 6 / params)
@@ -76,7 +76,7 @@ def make(laws, noise=0.0, seed=0, sizes=6, kinds=("tune", "fit", "holdout"), shi
                         "id": name, "status": "done", "kind": kind, "arm": arm, "arch": arm, "objective": "o",
                         "budget_flops": budget, "flops": budget, "flops_6nd": 0.9 * budget, "params_total": params,
                         "width": 8, "tokens": tokens, "learning_rate": rate,
-                        "seed": number // len(BUDGETS) if kind == "fit" else 0,
+                        "seed": number + 100 * size if kind == "fit" else 0,
                         "bits_per_byte": loss, "bits_per_byte_se": 0.0, "bits_per_byte_kind": law.kind,
                         "wall_seconds": 10.0, "train_seconds": 9.0, "tokens_per_second": 1e4,
                         "peak_memory_bytes": 1e9, "state_bytes": 1e5, "mfu": 0.1, "device": "test",

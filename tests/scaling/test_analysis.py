@@ -67,6 +67,15 @@ def test_an_arm_of_runs_of_two_versions_is_said_with_their_commits(make_sweep):
     assert "several versions of the code (commit 1f, no known commit)" in warning
 
 
+@pytest.mark.parametrize("group", [["kind"], ["kind", "budget_flops"]])
+def test_sizes_or_budgets_that_share_a_seed_are_said(make_sweep, group):
+    sweep = make_sweep({"reference": {}, "new": {}})
+    column = "params_total" if "budget_flops" in group else "budget_flops"
+    sweep.rows["seed"] = sweep.rows.groupby(["arm", *group])[column].rank(method="dense").astype(int)
+    (warning,) = sweep.analyse().warnings
+    assert "sizes share their seeds" in warning and "may be too narrow" in warning
+
+
 def test_edge_minima_are_said_with_their_consequence(make_sweep):
     new = make_sweep({"reference": {}, "new": {}}, shift=1.5).analyse().arms["new"]
     assert all(isinstance(m, RefusedMinimum) and "edge minimum" in m.refused for m in new.minima)
