@@ -224,7 +224,7 @@ def own_seeds(seeds: Iterable[int], budget: float, number: int) -> list[int]:
     share a size's seeds share its order of the data, which their comparison then does not feel.
 
     Args:
-        seeds: as they stand in the settings; they remain the last three digits.
+        seeds: as they stand in the settings, added to a thousand times the place of budget and size.
         number: of the size at this budget, from 0.
     """
     place = zlib.crc32(f"{budget:.6g} {number}".encode()) % PLACES
