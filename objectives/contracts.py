@@ -212,8 +212,8 @@ class Objective(ABC):
     answers: sequences of an experience for each sequence of the data.
     even: whether it brings as many tokens of every sequence through the model.
     reads_head: whether its loss reads the head of the model.
-    needs_whole: whether it copies the model, has it write while it learns or reads its weights, for which it has to be
-        whole on every device.
+    writes: whether `experience` runs the model, for which all its weights are on every device.
+    reads_weights: whether its loss is of the weights themselves too.
 
     The losses of a batch's parts sum to its loss, so that several processes, or passes, can share a step: sums over
     tokens are divided by what counts in the whole batch (`Batch.all_counted`), means over sequences weighed by
@@ -230,7 +230,8 @@ class Objective(ABC):
     answers: int = 1
     even: bool = True
     reads_head: bool = True
-    needs_whole: bool = False
+    writes: bool = False
+    reads_weights: bool = False
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """

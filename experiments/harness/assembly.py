@@ -159,17 +159,15 @@ def _check_spread(
     passes = trainer.passes(most)
     asked = f"trainer.devices={trainer.devices}, nodes={trainer.nodes}, microbatch={trainer.microbatch}"
     _check_experts(config, trainer, measured)
-    if trainer.sharded and config.get("adapter"):
-        raise ValueError("trainer.strategy=fsdp does not cut models with adapters: choose ddp, or adapter=none")
-    if trainer.sharded and data.environment is not None and config.data.get("scoring"):
+    if trainer.sharded and objective.reads_weights:
         raise ValueError(
-            "a model that trainer.strategy=fsdp has cut cannot write answers to be scored: choose ddp, or "
-            "data.scoring=null, which scores none"
+            f"objective={config.objective.name} reads the weights of the model, which trainer.strategy=fsdp has cut: "
+            "choose ddp"
         )
-    if trainer.sharded and objective.needs_whole:
+    if trainer.sharded and not objective.even:
         raise ValueError(
-            f"objective={config.objective.name} copies the model, has it write while it learns or reads its weights, "
-            "which one that trainer.strategy=fsdp has cut cannot: choose ddp"
+            f"objective={config.objective.name} brings some sequences through the model more often than others, and "
+            "under trainer.strategy=fsdp all devices pass through it together: choose ddp"
         )
     if not trainer.divides(most) and not trainer.sharded:
         return

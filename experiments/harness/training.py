@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.device_mesh import DeviceMesh
 
-from archs.adapters import merge
+from archs.adapters import LoRA, merge
 from archs.checkpoints.adapter import save
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
@@ -37,7 +37,7 @@ from experiments.harness.identity import Run
 from experiments.harness.memory import peak_memory_bytes
 from experiments.harness.parts import build, build_adapter, build_model
 from experiments.harness.progress_bar import ProgressBar
-from experiments.harness.sharding import shard
+from experiments.harness.sharding import join, shard
 from experiments.harness.stopping import Checkpoints
 from experiments.harness.tasks import score
 from experiments.harness.telemetry import Diverged, Telemetry
@@ -165,15 +165,11 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     L.seed_everything(config.seed, verbose=False)
     adapter, place, experts = build_adapter(config), None, None
     if settings.sharded:
-        model, place = _in_parts(run, measured.objective, prepared.compiled)
+        model, place = _in_parts(run, measured.objective, adapter, prepared.compiled)
     else:
-        model = _whole(run, measured.objective)
-        if adapter:
-            adapter.adapt(model)
+        model = _whole(run, measured.objective, adapter)
         if settings.experts > 1:
             experts = DealtExperts(model, settings.experts, prepared.device)
-        if prepared.compiled:
-            model.hidden = torch.compile(model.hidden)
     for block in (*model.blocks, *(ahead.block for ahead in model.ahead)):
         block.recompute = settings.recompute
     module = TrainingModule(
@@ -195,6 +191,8 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
         settings.rewinding(),
         settings.clip_logits,
     )
+    if prepared.compiled and not settings.sharded:
+        model.hidden = torch.compile(model.hidden)  # by now objectives have their copies, which would run this model's
     data_module = DataModule(data, allocation, config.seed, config.data.packed, settings.evaluation_batch)
     logger = TensorBoardLogger(folder, name="", version="")
     telemetry = Telemetry(logger.experiment, allocation, peak, data.decode)
@@ -230,11 +228,13 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
             np.save(file, module.heldout_nats)
     if experts is not None:
         experts.join()
-    if adapter:
-        if first:
+    if settings.sharded:
+        join(model)
+    if first:
+        if adapter:
             save(model, folder / "adapter")
-        merge(model)
-    save_weights(model, folder / "model.safetensors")
+            merge(model)
+        save_weights(model, folder / "model.safetensors")
     speed = allocation.tokens / telemetry.train_seconds
     return {
         "status": "done",
@@ -256,22 +256,24 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     }
 
 
-def _whole(run: Run, objective: Objective) -> LanguageModel:
+def _whole(run: Run, objective: Objective, adapter: LoRA | None) -> LanguageModel:
     """Returns the model as it begins."""
     model = build_model(run.config, objective)
     if run.init_from is not None:
         begin_from(model, run.init_from)
-    return model
+    return adapter.adapt(model) if adapter else model
 
 
 def _in_parts(
-    run: Run, objective: Objective, compiled: bool
+    run: Run, objective: Objective, adapter: LoRA | None, compiled: bool
 ) -> tuple[LanguageModel, Callable[[LanguageModel, DeviceMesh], None]]:
     """Returns the model on the meta device, and what cuts it and fills it with what `_whole` returns: on the first
     process alone, and on the CPU, all of that is in memory."""
-    weights = _whole(run, objective).state_dict() if processes.rank() == 0 else {}
+    weights = _whole(run, objective, adapter).state_dict() if processes.rank() == 0 else {}
     with torch.device("meta"):
         model = build_model(run.config, objective)
+        if adapter:
+            adapter.adapt(model)
     if compiled:
         for block in model.blocks:
             block.compile()

@@ -5,6 +5,7 @@ Shape letters: B sequences, T tokens.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import lightning as L
@@ -20,6 +21,7 @@ from experiments.harness.logit_clip import LogitClip
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.rewinding import Rewinding
 from experiments.harness.schedules import Schedule, scheduled
+from experiments.harness.sharding import whole
 from experiments.harness.spikes import Spikes
 from experiments.harness.telemetry import Diverged
 from objectives.contracts import Batch, Objective
@@ -88,7 +90,9 @@ class TrainingModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.shard is not None:
-            self.shard(self.model, self.device_mesh["data_parallel"])  # pyrefly: ignore[unsupported-operation]
+            copies = [model for model in self.beside if model.embedding.weight.is_meta]  # of what `shard` begins with
+            for model in (self.model, *copies):
+                self.shard(model, self.device_mesh["data_parallel"])  # pyrefly: ignore[unsupported-operation]
             self.shard = None  # once: Lightning asks again before it evaluates
 
     def on_fit_start(self) -> None:
@@ -102,7 +106,8 @@ class TrainingModule(L.LightningModule):
         generator = torch.Generator().manual_seed(int(drawn[0]))
         made_in = self.global_step - self.global_step % self.objective.updates
         if self.learnt_from is None or self.learnt_from[0] != made_in:
-            self.learnt_from = made_in, self.objective.experience(self.model, batch, generator)
+            with whole(self.model, *self.beside) if self.objective.writes else nullcontext():
+                self.learnt_from = made_in, self.objective.experience(self.model, batch, generator)
         batch = self.learnt_from[1]
         parts = self.parts(len(batch.tokens_BT))
         if processes.number() * len(parts) > 1:
@@ -219,6 +224,8 @@ class TrainingModule(L.LightningModule):
         self.bits_per_byte = nats.sum().item() * to_bits
         self.bits_per_byte_se = math.sqrt(sum(variances)) * to_bits
         self.bits_per_byte_data_se = nats.std().item() * math.sqrt(len(nats)) * to_bits if len(nats) > 1 else None
-        self.scores = {} if self.score is None else self.score(self.model)
+        if self.score is not None:
+            with whole(self.model):
+                self.scores = self.score(self.model)
         self.evaluated_at = self.global_step
         self.log("bits_per_byte", self.bits_per_byte, prog_bar=True, logger=False)

@@ -13,7 +13,6 @@ from archs.checkpoints import read, read_config
 from archs.checkpoints.likeness import check_settings
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
-from experiments.harness import processes
 from experiments.harness.files import replacing
 from experiments.harness.identity import load_config, plain
 from experiments.harness.parts import build_base, build_model, open_data
@@ -64,12 +63,10 @@ def load_trained(folders: Mapping[str, Path]) -> dict[str, Trained]:
 
 
 def save_weights(model: LanguageModel, path: Path) -> None:
-    """Write weights and buffers as safetensors, replaced atomically; a tied head is stored once. All processes that
-    share the model are to call it, and the first writes."""
-    tensors = {name: processes.gathered(x.detach()).cpu().contiguous() for name, x in _tensors(model).items()}
-    if processes.rank() == 0:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
+    """Write weights and buffers as safetensors, replaced atomically; a tied head is stored once."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in _tensors(model).items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 @torch.no_grad()

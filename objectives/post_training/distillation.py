@@ -65,7 +65,7 @@ class Distillation(Tuning):
                 "predict from the same tokens: choose text=teacher hard=true, which learns from what the teacher writes"
             )
         self.teacher, self.mixture, self.text, self.hard = teacher, mixture, text, hard
-        self.needs_whole = text == "student"
+        self.writes = text == "student"
 
     def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:
         """As in `Objective`: the teacher stands still."""

@@ -158,7 +158,7 @@ class PolicyGradient(Tuning):
         self.baseline, self.scale, self.normaliser, self.ratio = baseline, scale, normaliser, ratio
         self.surrogate, self.kl, self.correction, self.stale = surrogate, kl, correction, stale
         self.truncated, self.updates = truncated, updates
-        self.answers, self.needs_whole, self.even = group, True, not isinstance(likelihood, Trajectory)
+        self.answers, self.writes, self.even = group, True, not isinstance(likelihood, Trajectory)
         self.reference: LanguageModel | None = None
         self.of_experience: dict[str, float] = {}
         self.rollouts: list[tuple[Tensor, float]] = []

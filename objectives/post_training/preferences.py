@@ -62,7 +62,6 @@ class Preferences(Tuning):
         if draws < 1:
             raise ValueError(f"draws={draws} must be at least 1")
         self.form, self.beta, self.margin, self.smoothing, self.draws = form, beta, margin, smoothing, draws
-        self.needs_whole = form != "simpo"
         self.reference: LanguageModel | None = None
 
     def begin(self, model: LanguageModel) -> Sequence[LanguageModel]:

@@ -43,7 +43,7 @@ class Wiring(Tuning):
         super().__init__(base, eot)
         if not strength >= 0:
             raise ValueError(f"strength={strength} must be at least 0")
-        self.strength, self.by_length, self.needs_whole = strength, by_length, True
+        self.strength, self.by_length, self.reads_weights = strength, by_length, True
 
     def check(self, model: LanguageModel, sequence_length: int) -> None:
         """As in `Objective`; and refuses a model whose units have no place."""

@@ -39,19 +39,27 @@ BASES = {
 DDP, FSDP, PASSES = ("trainer.strategy=ddp",), ("trainer.strategy=fsdp",), ("trainer.microbatch=3",)
 # What each begins from, its settings, and how it is spread.
 RUNS = {
-    "rewards": ("text", (*TASK, *RL, "objective.build.updates=3", KL), DDP),
+    "rewards": ("text", (*TASK, *RL, "objective.build.updates=3", KL), DDP + FSDP),
     "tokens": ("text", (*TASK, *RL, "objective.build.normaliser=tokens"), DDP + PASSES),
-    "adapters": ("text", (*TASK, *RL, "adapter=lora", "adapter.rank=2"), DDP),
-    "judged": ("pairs", (*PAIRS, *RL, "objective.models.reward=judge", "budget.flops=3e8"), DDP),
+    "adapters": ("text", (*TASK, *RL, "adapter=lora", "adapter.rank=2"), DDP + FSDP),
+    "judged": ("pairs", (*PAIRS, *RL, "objective.models.reward=judge", "budget.flops=3e8"), DDP + FSDP),
     "trajectories": (
         "filled",
         (*FILLED, *RL, "objective=diffusion_grpo", "objective.build.updates=2", "budget.flops=8e8"),
         DDP,
     ),
-    "preferences": ("pairs", (*PAIRS, "objective=dpo", *MASKED, "objective.build.draws=2", "budget.flops=3e8"), DDP),
+    "preferences": (
+        "pairs",
+        (*PAIRS, "objective=dpo", *MASKED, "objective.build.draws=2", "budget.flops=3e8"),
+        DDP + FSDP,
+    ),
     "labels": ("pairs", (*PAIRS, "objective=reward_model", "budget.flops=5e7"), DDP + FSDP),
     "no reference": ("pairs", (*PAIRS, "objective=simpo", "budget.flops=5e7"), DDP + FSDP),
-    "own text": ("filled", (*TASK, *TAUGHT, "objective.models.teacher=text", "objective.build.text=student"), DDP),
+    "own text": (
+        "filled",
+        (*TASK, *TAUGHT, "objective.models.teacher=text", "objective.build.text=student"),
+        DDP + FSDP,
+    ),
     "taught": ("text", (*FILLED, *TAUGHT, *MASKED, "objective.models.teacher=filled", "data.scoring=null"), DDP + FSDP),
     "mixture": ("mixture", (*TASK, *RL, KL, "arch=qwen3_moe"), ("trainer.experts=2",)),
     "wiring": ("text", (*TASK, "objective=wiring", "objective.build.strength=0.01", "budget.flops=2e7"), DDP),
@@ -90,13 +98,14 @@ def test_a_tuning_on_several_processes_is_that_on_one_and_goes_on_on_another_num
             done.append((run, truth, row))
             jobs.append((run, None, known, False))
         if name == "rewards":  # in the midst of the updates on one experience
-            first, then = (
-                make(name, "on", f"trainer.devices={n}", "session.checkpoint_seconds=0") for n in (number, number // 2)
-            )
-            jobs.append((first, None, known, True))
-            stopped, later = [(then, truth, row)], [(then, None, known, False)]
+            for spread in RUNS[name][2]:
+                often = (f"{spread.partition('=')[2]}_on", spread, "session.checkpoint_seconds=0")
+                first, then = (make(name, *often, f"trainer.devices={n}") for n in (number, number // 2))
+                jobs.append((first, None, known, True))
+                stopped.append((then, truth, row))
+                later.append((then, None, known, False))
     found = on(number, jobs, tmp_path / "logs")
-    assert found[[job[3] for job in jobs].index(True)] == {"status": "stopped"}
+    assert all((row == {"status": "stopped"}) == job[3] for row, job in zip(found, jobs, strict=True))
     found = [row for row in found if row["status"] != "stopped"] + on(number // 2, later, tmp_path / "more_logs")
     for (run, truth, true_row), row in zip(done + stopped, found, strict=True):
         compare(run, row, truth, true_row)
@@ -108,3 +117,9 @@ def test_a_router_whose_losses_are_means_over_tokens_is_refused_where_sequences_
     experts = ("arch=qwen3_moe", "+arch.model.channels.moe.z_loss=0.1", "objective=diffusion_grpo", "trainer.devices=2")
     with pytest.raises(ValueError, match="means over tokens.*take devices=1 and microbatch=null, or no balance_loss"):
         execute(make_run(*ALL, *FILLED, *experts))
+
+
+def test_trajectories_are_refused_where_all_devices_pass_through_the_model_together(make_run):
+    cut = ("objective=diffusion_grpo", "trainer.devices=2", "trainer.strategy=fsdp")
+    with pytest.raises(ValueError, match="grpo brings some sequences through the model more often.*choose ddp"):
+        execute(make_run(*ALL, *FILLED, *cut))

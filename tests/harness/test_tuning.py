@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ TASK += ["data.scoring={prompts: 6, samples: 4}", "data.allow_repeats=true", "bu
 PAIRS = ["data=ranked_pairs", "data.sequence_length=15", "data.tokens.train_pairs=60"]
 PAIRS += ["data.tokens.heldout_pairs=10", "data.scoring={prompts: 4, samples: 4}", "data.allow_repeats=true"]
 RL = ["objective=grpo", "objective.build.group=4", "budget.flops=2e8"]
+KL = "objective.build.kl={_target_: objectives.post_training.policy_gradient.KLPenalty, coefficient: 0.1}"
 
 
 @pytest.fixture
@@ -55,11 +57,38 @@ def test_a_run_is_scored_by_the_tasks_of_its_data_at_each_evaluation(base, make_
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
+    "settings",
+    [
+        [*PAIRS, "budget.batch_tokens=150", "objective=dpo", "budget.flops=1e8"],
+        [*TASK, *RL, "objective.build.updates=3", KL],
+    ],
+    ids=["preferences", "rewards"],
+)
+def test_a_reference_stands_still_beside_a_model_that_is_compiled(make_run, monkeypatch, tmp_path, settings):
+    task = [setting for setting in settings if setting.startswith("data")]
+    start = make_run(*task, "budget.flops=1e8", "budget.batch_tokens=150")
+    trained(execute(start))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    runs = [
+        make_run(*settings, f"init_from={start.folder}", f"trainer.compile={way}", f"session.root={tmp_path / way}")
+        for way in ("false", "true")
+    ]
+    rows = [trained(execute(run)) for run in runs]
+    assert [row["compiled"] for row in rows] == [False, True]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-4)
+    begun, plain, compiled = (load_file(run.folder / "model.safetensors") for run in (start, *runs))
+    assert not torch.equal(begun["embedding.weight"], plain["embedding.weight"])
+    for name, weights in plain.items():
+        torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
     ("settings", "of_base"),
     [
         ([], []),
         (["objective.build.updates=3", "objective.build.normaliser=length"], []),
-        (["objective.build.kl={_target_: objectives.post_training.policy_gradient.KLPenalty, coefficient: 0.1}"], []),
+        ([KL], []),
         (["adapter=lora", "adapter.rank=2"], []),
         (
             ["objective=diffusion_grpo", "data.tokens.fill=true"],
