@@ -9,13 +9,15 @@ Shape letters: B sequences, T tokens, D model width, V token ids.
 
 import inspect
 import itertools
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -155,6 +157,13 @@ def race(
     return speeds, {name: times[0] for name, times in seconds.items()}
 
 
+@contextmanager
+def empty_compile_cache() -> Iterator[None]:
+    """Have models compiled anew and not found compiled, so that the seconds are those of a first time."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+        yield
+
+
 def rows_of(name: str, precision: str, config: DictConfig) -> Iterator[dict]:
     """Yield one row per race of a model in a precision."""
     shape = plain(config.common) | plain(config.shapes[name])
@@ -167,9 +176,9 @@ def rows_of(name: str, precision: str, config: DictConfig) -> Iterator[dict]:
                 torch.compiler.reset()
                 for side in sides.values():
                     side.model.compile()
-            speeds, first = race(
-                sides, mode, precision, config.rounds, batch=batch, length=length, vocabulary=shape["vocab_size"]
-            )
+            sizes = {"batch": batch, "length": length, "vocabulary": shape["vocab_size"]}
+            with empty_compile_cache():
+                speeds, first = race(sides, mode, precision, config.rounds, **sizes)
             yield {
                 "model": name,
                 "params": sum(p.numel() for p in sides["ours"].model.parameters()),

@@ -51,8 +51,9 @@ def in_words(where: dict) -> str:
 
 
 def markdown(cells: pd.DataFrame) -> str:
-    """Return a table in Markdown, of the cells as they print."""
-    lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.astype(str).values.tolist()]
+    """Return a table in Markdown, of the cells as they print, empty where there is nothing."""
+    printed = cells.astype(object).where(cells.notna(), "").astype(str)
+    lines = [list(cells.columns), ["---"] * cells.shape[1], *printed.values.tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

@@ -35,11 +35,12 @@ def test_both_sides_work_and_the_ratio_is_that_of_their_speeds(bench, capsys, mo
 def test_compiled_models_state_how_long_compiling_took(bench):
     shape = "{" + ",".join(f"{key}: {value}" for key, value in TINY.items()) + "}"
     _, found, text = bench(
-        "models=[tiny]", f"+shapes.tiny={shape}", "precisions=[float32]", "train.compiled=[true]", "train.batches=[2]",
-        "train.lengths=[16]", "rounds=1",
+        "models=[tiny]", f"+shapes.tiny={shape}", "precisions=[float32]", "train.compiled=[false,true]",
+        "train.batches=[2]", "train.lengths=[16]", "rounds=1",
     )  # fmt: skip
-    (row,) = found["rows"]
-    assert row["compiled"] and row["ours s to compile"] > 0 and "transformers s to compile" in text
+    eager, compiled = found["rows"]
+    assert not eager["compiled"] and eager["ours s to compile"] is None
+    assert compiled["compiled"] and compiled["ours s to compile"] > 0 and "transformers s to compile" in text
 
 
 def test_a_model_without_a_shape_is_refused_by_name(bench, capsys):
