@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from archs.channels.router import Router
 from archs.costs import Costs, costs
+from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.data.windows import check_enough, document_lengths
 from experiments.harness.budget import Allocation, allocate
@@ -68,6 +69,15 @@ class Prepared:
         )
 
 
+def model_on_meta(config: DictConfig, objective: Objective) -> LanguageModel:
+    """Returns the model that a run trains, its adapters included, on the meta device."""
+    with torch.device("meta"):
+        model = build_model(config, objective)
+        if adapter := build_adapter(config):
+            adapter.adapt(model)
+    return model
+
+
 def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] = MappingProxyType({})) -> Measured:
     """Costs of a run's model, which is built on the meta device. trained: the models that its objective asks for, by
     name.
@@ -81,10 +91,7 @@ def measure(config: DictConfig, data: TokenData, trained: Mapping[str, Trained] 
         )
     objective, optimiser = build_objective(config, data, trained), build(config.optim)
     T = config.data.sequence_length
-    with torch.device("meta"):
-        model = build_model(config, objective)
-        if adapter := build_adapter(config):
-            adapter.adapt(model)
+    model = model_on_meta(config, objective)
     try:
         objective.check(model, T)
     except ValueError as error:

@@ -14,6 +14,7 @@ from archs.language_model import LanguageModel
 from experiments.data.environments.contracts import Environment
 from experiments.data.token_data import TokenData
 from experiments.data.windows import heldout_windows
+from experiments.harness.sharding import whole
 from objectives.contracts import Batch, Objective, Request, Sampler
 from objectives.post_training.reward_model import LearntReward
 from objectives.post_training.tuning import Reward, Trained, evaluating, prompts_of
@@ -107,7 +108,7 @@ def score(
     device = model.embedding.weight.device
     for start in range(0, len(questions), at_once):
         some = [prompt_T.to(device) for prompt_T in questions[start : start + at_once]]
-        with evaluating(model):
+        with whole(model), evaluating(model):
             written = objective.sample(
                 model, Request(some, sequence_length, generator, copies=samples, stop=(data.eot,)), sampler
             )

@@ -21,13 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.device_mesh import DeviceMesh
 
-from archs.adapters import LoRA, merge
+from archs.adapters import merge
 from archs.checkpoints.adapter import save
 from archs.language_model import LanguageModel
 from experiments.data.token_data import TokenData
 from experiments.harness import checkpoints, hardware, processes
 from experiments.harness.accuracy import accuracy
-from experiments.harness.assembly import Prepared
+from experiments.harness.assembly import Prepared, model_on_meta
 from experiments.harness.budget import Allocation
 from experiments.harness.data_module import DataModule
 from experiments.harness.expert_parallel import DealtExperts
@@ -163,11 +163,11 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     if first:
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(config))
     L.seed_everything(config.seed, verbose=False)
-    adapter, place, experts = build_adapter(config), None, None
+    place = experts = None
     if settings.sharded:
-        model, place = _in_parts(run, measured.objective, adapter, prepared.compiled)
+        model, place = _in_parts(run, measured.objective, prepared.compiled)
     else:
-        model = _whole(run, measured.objective, adapter)
+        model = _whole(run, measured.objective)
         if settings.experts > 1:
             experts = DealtExperts(model, settings.experts, prepared.device)
     for block in (*model.blocks, *(ahead.block for ahead in model.ahead)):
@@ -231,7 +231,7 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     if settings.sharded:
         join(model)
     if first:
-        if adapter:
+        if config.get("adapter"):
             save(model, folder / "adapter")
             merge(model)
         save_weights(model, folder / "model.safetensors")
@@ -256,24 +256,22 @@ def _train(run: Run, data: TokenData, prepared: Prepared, row: dict) -> dict:
     }
 
 
-def _whole(run: Run, objective: Objective, adapter: LoRA | None) -> LanguageModel:
+def _whole(run: Run, objective: Objective) -> LanguageModel:
     """Returns the model as it begins."""
     model = build_model(run.config, objective)
     if run.init_from is not None:
         begin_from(model, run.init_from)
+    adapter = build_adapter(run.config)
     return adapter.adapt(model) if adapter else model
 
 
 def _in_parts(
-    run: Run, objective: Objective, adapter: LoRA | None, compiled: bool
+    run: Run, objective: Objective, compiled: bool
 ) -> tuple[LanguageModel, Callable[[LanguageModel, DeviceMesh], None]]:
     """Returns the model on the meta device, and what cuts it and fills it with what `_whole` returns: on the first
     process alone, and on the CPU, all of that is in memory."""
-    weights = _whole(run, objective, adapter).state_dict() if processes.rank() == 0 else {}
-    with torch.device("meta"):
-        model = build_model(run.config, objective)
-        if adapter:
-            adapter.adapt(model)
+    weights = _whole(run, objective).state_dict() if processes.rank() == 0 else {}
+    model = model_on_meta(run.config, objective)
     if compiled:
         for block in model.blocks:
             block.compile()

@@ -224,8 +224,6 @@ class TrainingModule(L.LightningModule):
         self.bits_per_byte = nats.sum().item() * to_bits
         self.bits_per_byte_se = math.sqrt(sum(variances)) * to_bits
         self.bits_per_byte_data_se = nats.std().item() * math.sqrt(len(nats)) * to_bits if len(nats) > 1 else None
-        if self.score is not None:
-            with whole(self.model):
-                self.scores = self.score(self.model)
+        self.scores = {} if self.score is None else self.score(self.model)
         self.evaluated_at = self.global_step
         self.log("bits_per_byte", self.bits_per_byte, prog_bar=True, logger=False)

@@ -119,11 +119,14 @@ def planted(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("settings", [(), ("optim=muon",), ("arch=qwen3_moe",), ("objective=masked_diffusion",)])
+# Of masked diffusion a seed whose masks do not look like a spike to the few losses that are compared here.
+@pytest.mark.parametrize(
+    "settings", [(), ("optim=muon",), ("arch=qwen3_moe",), ("objective=masked_diffusion", "seed=2")]
+)
 def test_a_run_goes_back_bit_for_bit_and_on_with_batches_that_it_has_not_seen(make_run, data, planted, settings):
     row = execute(make_run(ON, *settings), data)
     batches, states = planted
-    assert row["status"] == "done" and row["undone_steps"][:1] == UNDONE  # hard masks may look like another spike
+    assert row["status"] == "done" and row["undone_steps"] == UNDONE
     assert torch.equal(states[UNDONE[0][1]], states[UNDONE[0][0] - 1])
     assert not torch.equal(states[UNDONE[0][1]], states[UNDONE[0][0]])
     assert len(batches) == row["steps"] > RUINED + 4
