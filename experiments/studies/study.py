@@ -33,6 +33,7 @@ Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> the config of a 
 # Columns of the ledger that every table has, behind the labels of the cell and before what is measured.
 KEPT = ("id", "status", "error", "params_total", "flops", "tokens", "steps", "state_bytes", "bits_per_byte")
 KEPT += ("bits_per_byte_se", "bits_per_byte_kind", "train_loss", "train_seconds", "device")
+INTERVENTIONS = ("skipped_steps", "undone_steps", "clipped_logits")  # in the table where a run was asked for them
 PLAN = "plan.json"  # in the folder of the runs
 
 
@@ -232,6 +233,7 @@ def rows_of(
     from has cost flops_before, and the models that it learns from (teachers, rewards) flops_others besides."""
     row = rows[cell.run.id]
     line = cell.labels | {column: row[column] for column in KEPT}
+    line |= {column: row[column] for column in INTERVENTIONS if row.get(column) is not None}
     before = makers([cell.run.init_from] if cell.run.init_from else [], runs)
     others = makers(cell.run.others.values(), runs) - before
     for column, ids in (("flops_before", before), ("flops_others", others)):

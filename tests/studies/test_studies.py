@@ -44,6 +44,21 @@ def test_its_tiny_form_runs_ends_in_a_verdict_and_is_not_run_again(name, tmp_pat
     assert pd.read_csv(tmp_path / "out" / "table.csv").equals(table)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "name, columns",
+    [
+        ("rewinding", {"skipped_steps": {"batches_left_out"}, "undone_steps": {"rewound"}}),
+        ("logit_clipping", {"clipped_logits": {"logits_clipped"}}),
+    ],
+)
+def test_a_table_says_what_was_skipped_undone_or_clipped_where_that_was_asked_for(name, columns, tmp_path):
+    run_tiny(name, tmp_path, "study.seeds=[0]")
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    for column, variants in columns.items():
+        assert set(table.variant[table[column].notna()]) == variants
+
+
 class Coin(Study):
     """Nothing is trained."""
 
