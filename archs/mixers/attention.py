@@ -145,7 +145,7 @@ class Attention(Mixer[KVCache]):
             raise ValueError(
                 "its queries and keys are normed, which bounds logits: set qk_norm=null or do not clip them"
             )
-        nothing_H = self.qkv.weight.new_full((self.heads,), -math.inf, dtype=torch.float32)
+        nothing_H = torch.full((self.heads,), -math.inf, device=self.qkv.weight.device)
         before_H, self.largest_H = self.largest_H, nothing_H
         return nothing_H if before_H is None else before_H
 
@@ -157,9 +157,10 @@ class Attention(Mixer[KVCache]):
         factor_GR = factor_H.view(self.kv_heads, -1)
         key_G1 = factor_GR.amax(1, keepdim=True).sqrt()
         factors = torch.cat([(factor_GR / key_G1).flatten(), key_G1.flatten()]).repeat_interleave(self.head_dim)
-        self.qkv.weight[: len(factors)].mul_(factors[:, None])
+        factors = F.pad(factors, (0, len(self.qkv.weight) - len(factors)), value=1.0)  # values stay as they are
+        self.qkv.weight.mul_(factors[:, None])  # whole, since no view can be had of rows that are cut between processes
         if self.qkv.bias is not None:
-            self.qkv.bias[: len(factors)].mul_(factors)
+            self.qkv.bias.mul_(factors)
 
     def residual_projections(self) -> tuple[nn.Linear]:
         return (self.out_proj,)

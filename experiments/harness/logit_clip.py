@@ -6,6 +6,7 @@ Shape letters: H query heads.
 import math
 
 import torch
+from torch.distributed.tensor.experimental import implicit_replication
 
 from archs.language_model import LanguageModel
 from archs.mixers.attention import Attention
@@ -37,8 +38,11 @@ class LogitClip:
         """Scale the heads that exceeded, and begin to look anew."""
         found = processes.largest(torch.cat([attention.watch_logits() for attention in self.attentions]))
         factors = torch.where(found > self.most, self.most / found, 1.0)
-        for attention, factor_H in zip(self.attentions, factors.split([a.heads for a in self.attentions]), strict=True):
-            attention.scale_logits(factor_H)
+        with implicit_replication():  # every process has all factors, and of weights that are cut its part
+            for attention, factor_H in zip(
+                self.attentions, factors.split([a.heads for a in self.attentions]), strict=True
+            ):
+                attention.scale_logits(factor_H)
         self.clipped += int((factors < 1).sum())
         self.largest = float(found.max())
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from archs.language_model import LanguageModel
 from experiments.harness import processes
 from experiments.harness.expert_parallel import DealtExperts
-from experiments.harness.logit_clip import LogitClip
+from experiments.harness.logit_clip import LogitClip, watched
 from experiments.harness.optimisers import Optimiser
 from experiments.harness.rewinding import Rewinding
 from experiments.harness.schedules import Schedule, scheduled
@@ -93,6 +93,8 @@ class TrainingModule(L.LightningModule):
             copies = [model for model in self.beside if model.embedding.weight.is_meta]  # of what `shard` begins with
             for model in (self.model, *copies):
                 self.shard(model, self.device_mesh["data_parallel"])  # pyrefly: ignore[unsupported-operation]
+            if self.logit_clip:
+                watched(self.model)  # anew, since what it began to look for was on the meta device
             self.shard = None  # once: Lightning asks again before it evaluates
 
     def on_fit_start(self) -> None:

@@ -40,7 +40,6 @@ RUNS = {
     "clipped": ("arch.model.mixers.attention.head_dim=4", "+trainer.clip_logits=0.5"),
 }
 OFTEN = {"EVERY": 2, "LASTING": 1, "LEAST": 4, "TO_DEVIATION": -1e9}  # with four losses to compare with, all are high
-NEVER_CUT = ("clipped",)  # which FSDP cannot have
 
 
 class Stop(BaseException):
@@ -140,7 +139,7 @@ def test_a_run_on_several_processes_is_that_on_one_and_goes_on_on_another_number
     begun = {name: {column: rows[name][column] for column in BEGUN} for name in names}
     done, jobs, later = [], [], []
     for name in names:
-        for strategy in ("ddp", "fsdp")[: 1 if name in NEVER_CUT else 2]:
+        for strategy in ("ddp", "fsdp"):
             run = make(name, strategy, f"trainer.strategy={strategy}", *spread)
             assert run.id == truths[name].id
             done.append((name, run))
@@ -155,6 +154,7 @@ def test_a_run_on_several_processes_is_that_on_one_and_goes_on_on_another_number
     found = on(number, jobs, tmp_path / "logs")
     for (name, run), row in zip(done, found, strict=False):
         compare(run, row, truths[name], rows[name])
+        assert row["clipped_logits"] != 0
     assert [row["status"] for row in found[len(done) :]] == ["stopped"] * len(stopped)
     assert all([step for step, _ in generations(run.folder)] == [2, 1] for _, run in stopped)
     for (name, run), row in zip(stopped, on(number // 2, later, tmp_path / "more_logs"), strict=True):

@@ -119,7 +119,6 @@ def test_the_scores_are_charged_once(make_config, data):
         (("arch=deepseek_v3",), "clip_logits=100 with arch=deepseek_v3: it has LatentAttention"),
         (("arch.model.mixers.attention.qk_norm=head",), "its queries and keys are normed, which bounds logits"),
         (("adapter=lora",), "clip_logits=100 scales weights that adapters leave as they are"),
-        (("trainer.strategy=fsdp",), "clip_logits=100 needs all weights on every device"),
         (("+trainer.clip_logits=0",), "trainer.clip_logits=0 must be above 0, or null"),
     ],
 )
