@@ -207,10 +207,10 @@ def _check_mending(config: DictConfig, trainer: Trainer, objective: Objective) -
         asked = f"trainer.{name}={getattr(trainer, name)}"
         if isinstance(objective, Tuning):
             raise ValueError(f"{asked} is of pre-training, not of objective={config.objective.name}: set it to null")
-    if trainer.rewind_spikes is not None and (trainer.sharded or trainer.experts > 1):
+    if trainer.rewind_spikes is not None and trainer.experts > 1:
         raise ValueError(
-            f"trainer.rewind_spikes={trainer.rewind_spikes} needs all weights on every device: choose strategy=ddp and "
-            "experts=1, or set it to null"
+            f"trainer.rewind_spikes={trainer.rewind_spikes} needs all experts on every device: take experts=1, or set "
+            "it to null"
         )
     if trainer.clip_logits is not None and config.get("adapter"):
         raise ValueError(

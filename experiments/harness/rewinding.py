@@ -28,7 +28,8 @@ class Rewinding:
     A run of them ends by itself: after one state was gone back to three times, or where there is none yet, losses and
     states begin anew. A loss that is not finite ends the run, as it does without this.
 
-    Two states lie in the memory of the host and in every checkpoint: 24 bytes per parameter under AdamW.
+    Two states lie in the memory of the host and in every checkpoint: 24 bytes per parameter under AdamW, on each
+    process those of its part where the model is cut.
 
     Attributes:
         undone: first and last of the steps that were undone, each time; they may lie over those of a time before.
@@ -49,8 +50,7 @@ class Rewinding:
         self.in_a_row = 0
         self.losses.append(loss)
         if (step + 1) % EVERY == 0:
-            state = {"weights": model.state_dict(), "moments": optimizer.state_dict()["state"]}
-            self.states = [*self.states[-1:], copied(state) | {"steps": step + 1}]
+            self.states = [*self.states[-1:], state_of(model, optimizer) | {"steps": step + 1}]
 
     def _high(self, loss: float) -> bool:
         if len(self.losses) < LEAST:
@@ -79,6 +79,11 @@ class Rewinding:
     def load(self, state: dict) -> None:
         """Take up what a checkpoint has kept."""
         vars(self).update(state | {"losses": deque(state["losses"], maxlen=REMEMBERED)})
+
+
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return copies of what a run goes back to, in the memory of the host."""
+    return copied({"weights": model.state_dict(), "moments": optimizer.state_dict()["state"]})
 
 
 def copied(node: Any) -> Any:

@@ -1,8 +1,10 @@
 """A model that is cut between processes: FSDP2, block by block."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -45,6 +47,31 @@ def whole(*models: LanguageModel) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(not isinstance(part, LanguageModel), recurse=False)  # as `shard` has it
+
+
+def leave_to_all(checkpoint: dict, states: list[dict]) -> list[dict]:
+    """Has every process write its part of the tensors of these states, where the first writes what Lightning has of a
+    checkpoint besides weights and optimisers; returns the states without them.
+
+    states: dictionaries of tensors, in dictionaries, beside other things.
+    """
+    checkpoint["optimizer_states"] += [
+        {name: child for name, child in state.items() if isinstance(child, dict)} for state in states
+    ]
+    return [{name: child for name, child in state.items() if not isinstance(child, dict)} for state in states]
+
+
+def read_by_all(folder: Path, states: list[dict], like: Callable[[], dict]) -> list[dict]:
+    """Returns the states that `leave_to_all` has taken apart, whole again, cut as the processes are now.
+
+    like: makes dictionaries of tensors as they were in each, whose numbers are overwritten.
+    """
+    found = []
+    for number, state in enumerate(states, start=1):  # 0 is the optimiser's
+        tensors = like()
+        dcp.load({f"optimizer_{number}": tensors}, checkpoint_id=folder)
+        found.append(state | tensors)
+    return found
 
 
 def join(model: LanguageModel) -> None:

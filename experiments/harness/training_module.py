@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -19,9 +21,9 @@ from experiments.harness import processes
 from experiments.harness.expert_parallel import DealtExperts
 from experiments.harness.logit_clip import LogitClip, watched
 from experiments.harness.optimisers import Optimiser
-from experiments.harness.rewinding import Rewinding
+from experiments.harness.rewinding import Rewinding, state_of
 from experiments.harness.schedules import Schedule, scheduled
-from experiments.harness.sharding import whole
+from experiments.harness.sharding import leave_to_all, read_by_all, whole
 from experiments.harness.spikes import Spikes
 from experiments.harness.telemetry import Diverged
 from objectives.contracts import Batch, Objective
@@ -75,6 +77,7 @@ class TrainingModule(L.LightningModule):
         self.gradient_clip, self.steps, self.tokens = gradient_clip, steps, tokens
         self.heldout_bytes, self.seed, self.score = heldout_bytes, seed, score
         self.group, self.passes, self.shard, self.spikes = group, passes, shard, spikes
+        self.cut = shard is not None
         self.experts, self.rewinding = experts, rewinding
         self.logit_clip = None if clip_logits is None else LogitClip(model, clip_logits)
         if experts is not None:
@@ -185,7 +188,9 @@ class TrainingModule(L.LightningModule):
         if self.spikes:
             checkpoint["spikes"] = self.spikes.state()
         if self.rewinding:
-            checkpoint["rewinding"] = self.rewinding.state()
+            kept = checkpoint["rewinding"] = self.rewinding.state()
+            if self.cut:
+                kept["states"] = leave_to_all(checkpoint, kept["states"])
         if self.logit_clip:
             checkpoint["clipped_logits"] = self.logit_clip.clipped
         if self.objective.updates > 1 and self.learnt_from is not None:
@@ -198,7 +203,11 @@ class TrainingModule(L.LightningModule):
         if self.spikes:
             self.spikes.load(checkpoint["spikes"])
         if self.rewinding:
-            self.rewinding.load(checkpoint["rewinding"])
+            kept = checkpoint["rewinding"]
+            if self.cut:
+                like = partial(state_of, self.model, self.trainer.optimizers[0])
+                kept["states"] = read_by_all(Path(str(self.trainer.ckpt_path)), kept["states"], like)
+            self.rewinding.load(kept)
         if self.logit_clip:
             self.logit_clip.clipped = checkpoint["clipped_logits"]
         if "learnt_from" in checkpoint:

@@ -39,7 +39,12 @@ RUNS = {
     "muon": ("optim=muon", "arch=gated_delta_hybrid"),
     "clipped": ("arch.model.mixers.attention.head_dim=4", "+trainer.clip_logits=0.5"),
 }
-OFTEN = {"EVERY": 2, "LASTING": 1, "LEAST": 4, "TO_DEVIATION": -1e9}  # with four losses to compare with, all are high
+OFTEN = {
+    "EVERY": 1,
+    "LASTING": 1,
+    "LEAST": STEPS,
+    "TO_DEVIATION": -1e9,
+}  # with two losses to compare with, all are high
 
 
 class Stop(BaseException):
@@ -162,17 +167,29 @@ def test_a_run_on_several_processes_is_that_on_one_and_goes_on_on_another_number
 
 
 @pytest.mark.thorough
-def test_processes_go_back_to_earlier_states_together(make_run, data, tmp_path, monkeypatch):
+def test_processes_go_back_to_earlier_states_together_and_after_a_stop_on_another_number(
+    make_run, data, tmp_path, monkeypatch
+):
     for name, value in OFTEN.items():
         monkeypatch.setattr(rewinding, name, value)
-    settings = (*SMALL, "budget.flops=5e8", "+trainer.rewind_spikes=1")
+    settings = (*SMALL, "budget.flops=5e8", "+trainer.rewind_spikes=1", "session.checkpoint_seconds=0")
     truth = make_run(*settings, f"session.root={tmp_path / 'alone'}")
     true_row = execute(truth, data)
-    run = make_run(*settings, "trainer.devices=2")
+    assert true_row["undone_steps"][0] == [STEPS - 1, STEPS]  # to the older of the states that the stop has left
     begun = {column: true_row[column] for column in BEGUN}
-    (row,) = on(2, [(run, data, begun, False)], tmp_path / "logs", going_back_often)
-    assert true_row["undone_steps"]
-    compare(run, row, truth, true_row)
+
+    def make(strategy, root, devices):
+        spread = (f"trainer.strategy={strategy}", f"trainer.devices={devices}", f"session.root={tmp_path / root}")
+        return make_run(*settings, *spread), data, begun, "on" in root
+
+    jobs = [make(strategy, strategy + root, 2) for strategy in ("ddp", "fsdp") for root in ("", "_on")]
+    later = [(*make(strategy, strategy + "_on", 1)[:3], False) for strategy in ("ddp", "fsdp")]
+    rows = on(2, jobs, tmp_path / "logs", going_back_often)
+    assert [row["status"] for row in rows[1::2]] == ["stopped"] * 2
+    for (run, *_), row in zip(
+        jobs[::2] + later, rows[::2] + on(1, later, tmp_path / "more_logs", going_back_often), strict=True
+    ):
+        compare(run, row, truth, true_row)
 
 
 @pytest.mark.thorough
