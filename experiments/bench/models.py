@@ -1,7 +1,7 @@
 """Speed of our backbones beside the same models in transformers, on this machine's CPU: training, prefill, decoding.
 
 Both sides have the same shape and the same weights: ours is converted from theirs, and nothing is timed before the
-two give the same logits. A training step is forward, cross-entropy, backward and AdamW; a prefill is one pass over a
+two give the same logits. Both learn the same weights. A training step is forward, cross-entropy, backward and AdamW; a prefill is one pass over a
 context that leaves a cache and the last logits; decoding goes on from there token by token. The sides take turns.
 
 Shape letters: B sequences, T tokens, D model width, V token ids.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from archs import checkpoints
 from archs.language_model import LanguageModel
+from archs.mixers.sparse_attention import Indexer
 from experiments.bench.report import check_known, environment, in_words, markdown, write
 from experiments.harness.identity import plain
 from kernels.hugging_face import import_transformers
@@ -84,6 +85,9 @@ def pair(shape: dict) -> dict[str, Side]:
     with tempfile.TemporaryDirectory() as folder:
         theirs.eval().save_pretrained(folder)
         ours = checkpoints.read(folder)
+    for part in ours.modules():
+        if isinstance(part, Indexer):
+            part.requires_grad_(False)  # theirs has no loss that it learns from
     sides = {"transformers": their_side(theirs), "ours": our_side(ours)}
     tokens_BT = torch.randint(shape["vocab_size"], (2, 100))
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from archs import checkpoints
 from experiments.bench import models
@@ -11,6 +12,13 @@ pytest.importorskip("transformers", reason="the models to run beside are in the 
 TINY = {
     "model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32,
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+SPARSE = {
+    "model_type": "deepseek_v32", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "index_topk": 128, "index_n_heads": 2, "index_head_dim": 16,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 
 
@@ -29,6 +37,17 @@ def test_both_sides_work_and_the_ratio_is_that_of_their_speeds(bench, capsys, mo
         assert row["ours tokens/s"] > 0 and row["transformers tokens/s"] > 0
         assert row["ratio"] == pytest.approx(row["ours tokens/s"] / row["transformers tokens/s"], abs=0.02)
     assert found["rounds"] == 2 and found["date"] in text and text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [TINY, SPARSE], ids=["qwen3", "deepseek_v32"])
+def test_both_sides_learn_the_same_weights(shape):
+    learnt = []
+    for side in models.pair(shape).values():
+        side.logits(torch.randint(shape["vocab_size"], (2, 16))).square().sum().backward()
+        learnt.append(sum(x.numel() for x in side.model.parameters() if x.grad is not None))
+    assert learnt[0] == learnt[1]
+    ours = [x for x in side.model.parameters() if x.requires_grad]  # what compiling takes the gradients of
+    assert sum(x.numel() for x in ours) == learnt[1]
 
 
 @pytest.mark.slow
