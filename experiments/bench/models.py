@@ -1,8 +1,9 @@
 """Speed of our backbones beside the same models in transformers, on this machine's CPU: training, prefill, decoding.
 
-Both sides have the same shape and the same weights: ours is converted from theirs, and nothing is timed before the
-two give the same logits. Both learn the same weights. A training step is forward, cross-entropy, backward and AdamW; a prefill is one pass over a
-context that leaves a cache and the last logits; decoding goes on from there token by token. The sides take turns.
+Both sides have the same shape and the same weights, of which they learn the same: ours is converted from theirs, and
+nothing is timed before the two give the same logits. A training step is forward, cross-entropy, backward and AdamW; a
+prefill is one pass over a context that leaves a cache and the last logits; decoding goes on from there token by token.
+The sides take turns.
 
 Shape letters: B sequences, T tokens, D model width, V token ids.
 """
