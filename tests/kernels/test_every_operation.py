@@ -16,6 +16,7 @@ from tests.kernels.cases import (
     assert_triton_is_right,
     assert_within_twice,
     run,
+    triton_beside_plain,
 )
 
 pytestmark = pytest.mark.thorough
@@ -44,6 +45,21 @@ def test_triton_is_right_at_every_length(case, triton_device, chunks, more):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_triton_in_half_precision_errs_no_more_than_twice_as_much(case, triton_device, dtype):
     assert_triton_is_right(case, triton_device, case.problem(case.chunk + 2), dtype)
+
+
+@on_triton
+@every_in_triton
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=["bfloat16", "float16"]
+)
+def test_over_eight_sequences_half_precision_errs_no_more_than_twice_as_much(case, triton_device, dtype):
+    """Without any allowance: what the errors of one sequence have of luck is averaged out."""
+    sizes = {"heads": 2} if "heads" in case.sizes else {}
+    exact = case.problem(case.chunk + 6, batch=8, **sizes)
+    got, plain, truth = triton_beside_plain(case, triton_device, exact, dtype)
+    for name, x in truth.items():
+        error, *others = ((found[name].double().cpu() - x).square().mean().sqrt() for found in (got, *plain))
+        assert error <= 2 * max(others), f"{name}: {error / max(others):.2f} times"
 
 
 around = pytest.mark.parametrize("around", [([3], [0, 1, 2]), ([0], [0])], ids=["several", "one between empty ones"])

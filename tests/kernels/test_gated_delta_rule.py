@@ -169,7 +169,7 @@ def test_in_triton_a_reset_forgets_and_what_follows_it_is_exact(triton_device, r
     truth = run(DELTA, inputs, "reference")
     plain = [run(DELTA, inputs, "reference", dtype=torch.float32)]
     inputs["g"][:, [0, 20, 21, 64, 100]] = reset
-    assert_within_twice(run(DELTA, inputs, "triton", triton_device, torch.float32), plain, truth)
+    assert_within_twice(run(DELTA, inputs, "triton", triton_device, torch.float32), plain, truth, 8)
 
 
 @pytest.mark.thorough
