@@ -19,7 +19,7 @@ from archs.contracts import State
 class KVCache(State):
     """Keys and values of the tokens that later ones can see, in buffers that grow by doubling.
 
-    k, v: [B, capacity, G, D], of which the first `held` tokens are filled.
+    k, v: [B, capacity, G, D], of which the first `held` tokens are filled; in the dtype of the first that they hold.
     window: tokens that a query sees, itself included, or None for all; older ones are dropped.
     """
 
@@ -34,7 +34,7 @@ class KVCache(State):
         them, which shares its buffers with this one."""
         length = self.length + k.shape[1]
         if self.window is not None:
-            k, v = (torch.cat([old[:, : self.held], new], 1) for old, new in ((self.k, k), (self.v, v)))
+            k, v = (torch.cat([old[:, : self.held].to(new.dtype), new], 1) for old, new in ((self.k, k), (self.v, v)))
             # The next token sees itself and window - 1 before it.
             held = min(k.shape[1], self.window - 1)
             kept_k, kept_v = (x[:, x.shape[1] - held :].clone() for x in (k, v))
@@ -42,13 +42,19 @@ class KVCache(State):
         end, capacity = self.held + k.shape[1], self.k.shape[1]
         buffer_k, buffer_v = self.k, self.v
         if end > capacity:
-            room = max(end, 2 * capacity) - capacity
-            buffer_k, buffer_v = (
-                torch.cat([x, x.new_empty(x.shape[0], room, *x.shape[2:])], 1) for x in (self.k, self.v)
-            )
+            buffers = ((self.k, k), (self.v, v))
+            buffer_k, buffer_v = (self._grown(old, new, max(end, 2 * capacity)) for old, new in buffers)
         buffer_k[:, self.held : end], buffer_v[:, self.held : end] = k, v
         after = replace(self, k=buffer_k, v=buffer_v, length=length, held=end)
         return buffer_k[:, :end], buffer_v[:, :end], after
+
+    def _grown(self, old: Tensor, new: Tensor, capacity: int) -> Tensor:
+        """Return a buffer [B, capacity, G, D] that begins with what the old one holds. In memory its heads stand one
+        after the other, so that a head's tokens are read in one piece."""
+        B, _, G, D = new.shape
+        grown = (old if self.held else new).new_empty(B, G, capacity, D).transpose(1, 2)
+        grown[:, : self.held] = old[:, : self.held]
+        return grown
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from archs.contracts import Mixer
 from archs.mixers.heads import cut_heads
-from archs.mixers.softmax import attend, largest_logits, positions_of
+from archs.mixers.softmax import attend, in_attention, largest_logits, positions_of
 from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
@@ -93,7 +93,7 @@ class Attention(Mixer[KVCache]):
         """Mix x; see `Mixer`."""
         q, k, v = self.project(x_BTD, positions_of(x_BTD, visibility, state))
         if state is not None:
-            k, v, state = state.append(k, v)
+            k, v, state = state.append(in_attention(k), in_attention(v))
         if self.largest_H is not None and self.training and torch.is_grad_enabled():
             found_H = largest_logits(q, k, visibility, scale=self.scale, window=self.window)
             self.largest_H = torch.maximum(self.largest_H.to(found_H), found_H)

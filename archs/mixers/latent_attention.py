@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from archs.contracts import Mixer
 from archs.low_rank import whole_weight
 from archs.mixers.heads import cut_heads
-from archs.mixers.softmax import attend, positions_of
+from archs.mixers.softmax import attend, in_attention, positions_of
 from archs.positions import Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
@@ -79,35 +79,43 @@ class LatentAttention(Mixer[KVCache]):
     ) -> tuple[Tensor, KVCache | None]:
         """Mix x; see `Mixer`."""
         absorbed = state is not None and state.length > 0
-        q, latent, k_rope = self.project(x_BTD, self.query_input(x_BTD), positions_of(x_BTD, visibility, state))
+        q, latent = self.project(x_BTD, self.query_input(x_BTD), positions_of(x_BTD, visibility, state))
         if state is not None:
-            latent, k_rope, state = state.append(latent, k_rope)
-        y_BTHE = attend(*self.heads_of(q, latent, k_rope, absorbed), visibility, scale=self.scale)
+            latent, state = self.extend(latent, state)
+        y_BTHE = attend(*self.heads_of(q, latent, absorbed), visibility, scale=self.scale)
         return self.output(y_BTHE, absorbed), state
 
     def query_input(self, x_BTD: Tensor) -> Tensor:
         """Return what queries are made of: their normalised latent [B, T, q_rank], or x where they have none."""
         return x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
 
-    def project(self, x_BTD: Tensor, query_input: Tensor, position: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, nope_dim + rope_dim], and what is cached: the latent [B, T, 1, R] and the key with position
-        [B, T, 1, rope_dim]; position: of x."""
+    def project(self, x_BTD: Tensor, query_input: Tensor, position: Positions) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, nope_dim + rope_dim], and what is cached, the latent and behind it the key with position
+        [B, T, 1, R + rope_dim]; position: of x."""
         q_nope, q_rope = (
             self.q_up(query_input).unflatten(-1, (self.heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         )
         latent, k_rope = self.kv_down(x_BTD)[:, :, None].split([self.kv_rank, self.rope_dim], dim=-1)
         q = torch.cat([q_nope, self.position(q_rope, position)], dim=-1)
-        return q, self.kv_norm(latent), self.position(k_rope, position)
+        return q, torch.cat([self.kv_norm(latent), self.position(k_rope, position)], dim=-1)
 
-    def heads_of(self, q: Tensor, latent: Tensor, k_rope: Tensor, absorbed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    @staticmethod
+    def extend(latent: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """What the new tokens may see, and the cache after them."""
+        latent = in_attention(latent)
+        latent, _, cache = cache.append(latent, latent[..., :0])
+        return latent, cache
+
+    def heads_of(self, q: Tensor, latent: Tensor, absorbed: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values to attend with, of H heads materialised; absorbed, the queries reach into the latent
-        space and the latents themselves are the one head of values, and the beginning of that of keys."""
+        space, and what is cached is the one head of keys, its beginning that of values."""
         if absorbed:
             k_up_HNR, _ = self._up()
             q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
             q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, k_up_HNR), q_rope], dim=-1)
-            k = torch.cat([latent, k_rope], dim=-1).to(q.dtype)
+            k = latent.to(q.dtype)
             return q, k, k[..., : self.kv_rank]
+        latent, k_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
         kv_BTHE = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.heads, -1))
         k_nope, v = kv_BTHE.split([self.nope_dim, self.value_dim], dim=-1)
         return q, torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1), v
@@ -128,10 +136,10 @@ class LatentAttention(Mixer[KVCache]):
         return (self.out_proj,)
 
     def empty_state(self, batch: int) -> KVCache:
-        """A cache whose "keys" are the latents and whose "values" are the keys with position."""
-        weight = self.kv_down.weight
-        latent, k_rope = (weight.new_empty(batch, 0, 1, n) for n in (self.kv_rank, self.rope_dim))
-        return KVCache(latent, k_rope)
+        """A cache whose "keys" are the latents, each with the key with position behind it, and whose "values" are
+        empty: in the absorbed form a value is the beginning of its key."""
+        latent, nothing = (self.kv_down.weight.new_empty(batch, 0, 1, n) for n in (self.kv_rank + self.rope_dim, 0))
+        return KVCache(latent, nothing)
 
     def flops(self, T: int, visibility: Visibility) -> int:
         """Forward FLOPs of one sequence in the materialised form, scores and sums over the visible pairs only."""

@@ -27,6 +27,13 @@ def positions_of(x_BTD: Tensor, visibility: Visibility, state: State | None) -> 
     return visibility.once(("positions", T, offset), lambda: Positions(visibility.positions(T, offset, x_BTD.device)))
 
 
+def in_attention(x: Tensor) -> Tensor:
+    """Return keys or values in the dtype that attention computes in, which is what a cache keeps of them: autocast's
+    where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if device != "meta" and torch.is_autocast_enabled(device) else x
+
+
 def attend(
     q_BTHD: Tensor,
     k_BSGD: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from archs.contracts import Mixer, State
 from archs.mixers.attention import Attention
 from archs.mixers.latent_attention import LatentAttention
-from archs.mixers.softmax import attend, positions_of
+from archs.mixers.softmax import attend, in_attention, positions_of
 from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
@@ -173,14 +173,14 @@ class SparseAttention(Mixer[IndexedCache]):
         if isinstance(self.attention, LatentAttention):
             absorbed = picks or cache is not None and cache.length > 0
             query_input = self.attention.query_input(x_BTD)
-            q, latent, k_rope = self.attention.project(x_BTD, query_input, position)
+            q, latent = self.attention.project(x_BTD, query_input, position)
             if cache is not None:
-                latent, k_rope, cache = cache.append(latent, k_rope)
-            qkv = self.attention.heads_of(q, latent, k_rope, absorbed)
+                latent, cache = self.attention.extend(latent, cache)
+            qkv = self.attention.heads_of(q, latent, absorbed)
             return query_input, *qkv, partial(self.attention.output, absorbed=absorbed), cache
         q, k, v = self.attention.project(x_BTD, position)
         if cache is not None:
-            k, v, cache = cache.append(k, v)
+            k, v, cache = cache.append(in_attention(k), in_attention(v))
         return x_BTD, q, k.to(q.dtype), v.to(q.dtype), partial(self.attention.output, x_BTD=x_BTD), cache
 
     def _pick(self, q: Tensor, k: Tensor, weights: Tensor, visibility: Visibility) -> Tensor:

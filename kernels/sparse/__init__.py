@@ -18,6 +18,7 @@ from kernels.sparse import gathered
 from kernels.sparse.operators import register, sparse_attention_flops
 from kernels.sparse.problems import KEPT, random_latents, random_problem
 from kernels.sparse.reference import sparse_attention_reference
+from kernels.sparse.rows import where_they_lie
 from kernels.sparse.ways import WORTH, names_many
 
 __all__ = ["LATENT_OPERATION", "OPERATION", "sparse_attention", "sparse_attention_flops"]
@@ -75,7 +76,7 @@ def sparse_attention(
         run = gathered_operator
         if backend == "triton":
             from kernels.sparse.triton_operators import sparse_attention_triton as run
-        return run(q.contiguous(), k.contiguous(), None if shared else v.contiguous(), indices, scale, V)
+        return run(q.contiguous(), *where_they_lie(k, None if shared else v), indices, scale, V)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.arguments import at_least_float32
+from kernels.sparse.rows import row_steps, rows_of, where_they_lie
 
 # Numbers that a block gathers at most, or those of one query: on a CPU about what a core keeps in its cache.
 GATHERED = 1 << 19
@@ -25,20 +26,23 @@ class Memory:
 
     Args:
         indices: [B, T, K].
-        k, v: [B, S, G, D] and [B, S, G, V], or no v where a value is the first `value_dim` numbers of its key.
+        k, v: [B, S, G, D] and [B, S, G, V] with the same steps between their rows (`row_steps`), or no v where a value
+            is the first `value_dim` numbers of its key.
+
+    Attributes:
+        keys, values: the tables [rows, D] and [rows, V], or no values.
     """
 
     def __init__(self, indices: Tensor, k: Tensor, v: Tensor | None, value_dim: int):
         (B, S, G, _), (_, T, K) = k.shape, indices.shape
         self.indices, self.shape, self.value_dim, self.made = indices.flatten(0, 1), (B, S, G, T, K), value_dim, {}
-        # Half precision is taken as float32, in which scores keep their digits.
-        self.keys = k.permute(2, 0, 1, 3).to(at_least_float32(k)).flatten(0, 2).contiguous()
-        self.values = None if v is None else v.permute(2, 0, 1, 3).to(self.keys.dtype).flatten(0, 2).contiguous()
+        self.steps, self.dtype = row_steps(k), at_least_float32(k)
+        self.keys, self.values = rows_of(k), None if v is None else rows_of(v)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """Return a @ b, for [N, ..., ...]."""
         shape = (len(a), a.shape[1], b.shape[2])
-        return torch.bmm(a, b, out=self._take(name, shape, a))
+        return torch.bmm(a, b, out=self._take(name, shape, a.dtype))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Go through the items: their places, the rows [N K] of the tables that they read (the first one of a sequence
@@ -46,27 +50,35 @@ class Memory:
         (B, S, G, T, K), device = self.shape, self.indices.device
         most = GATHERED if device.type == "cpu" else GATHERED_ELSEWHERE
         queries = max(1, most // max(1, G * K * self.keys.shape[1]))
-        first_B = (torch.arange(B, device=device) * S).repeat_interleave(T)
-        head_G1 = (torch.arange(G, device=device) * B * S)[:, None]
+        of_sequence, of_token, of_head = self.steps
+        first_B = (torch.arange(B, device=device) * of_sequence).repeat_interleave(T)
+        head_G1 = (torch.arange(G, device=device) * of_head)[:, None]
         for start in range(0, B * T, queries):
             end = min(start + queries, B * T)
             index_1K = self.indices[start:end, None]
             none_1K = (index_1K < 0) | (index_1K >= S)
-            rows = (index_1K.masked_fill(none_1K, 0) + first_B[start:end, None, None] + head_G1).flatten()
+            rows = (index_1K.masked_fill(none_1K, 0) * of_token + first_B[start:end, None, None] + head_G1).flatten()
             keys = self._rows("keys", self.keys, rows)
             values = keys[..., : self.value_dim] if self.values is None else self._rows("values", self.values, rows)
             yield slice(start * G, end * G), rows, keys, values, none_1K.expand(-1, G, -1).flatten(0, 1)[:, None]
 
     def _rows(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
         K = self.shape[-1]
-        taken = self._take(name, (len(rows) // K, K, table.shape[1]), table)
+        shape = (len(rows) // K, K, table.shape[1])
+        taken = self._take(name, shape, table.dtype)
         torch.index_select(table, 0, rows, out=taken.flatten(0, 1))
-        return taken
+        return taken if table.dtype == self.dtype else self._take(f"{name} in full", shape, self.dtype).copy_(taken)
 
-    def _take(self, name: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    def _take(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         if name not in self.made:  # the first block is the largest
-            self.made[name] = like.new_empty(shape)
+            self.made[name] = self.keys.new_empty(shape, dtype=dtype)
         return self.made[name][: shape[0]]
+
+
+def in_full(x: Tensor) -> Tensor:
+    """Return x [B, S, G, D] in float32 or more, in which scores keep their digits, the rows of a head one after the
+    other."""
+    return x.permute(2, 0, 1, 3).to(at_least_float32(x)).contiguous().permute(1, 2, 0, 3)
 
 
 def forward(
@@ -82,8 +94,13 @@ def forward(
         scale: factor on the scores.
         value_dim: V.
     """
-    memory, (B, T, H, _), G = Memory(indices, k, v, value_dim), q.shape, k.shape[2]
-    q_IRD = _items(q, G).to(memory.keys.dtype) * scale
+    (B, T, H, _), (_, S, G, _) = q.shape, k.shape
+    if k.dtype == at_least_float32(k) or T * indices.shape[2] < S:  # fewer rows are gathered than there are
+        k, v = where_they_lie(k, v)
+    else:
+        k, v = in_full(k), None if v is None else in_full(v)
+    memory = Memory(indices, k, v, value_dim)
+    q_IRD = _items(q, G).to(memory.dtype) * scale
     out_IRV, lse_IR1 = q_IRD.new_empty(*q_IRD.shape[:2], value_dim), q_IRD.new_empty(*q_IRD.shape[:2], 1)
     for items, _, keys, values, none in memory.blocks():
         scores = memory.product("scores", q_IRD[items], keys.mT)
@@ -103,8 +120,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v; of no v an empty one, since that of k holds its share."""
-    memory, (B, S, G, _), V = Memory(indices, k, v, out.shape[3]), k.shape, out.shape[3]
-    q_IRD, out_IRV, dout_IRV = (_items(x, G).to(memory.keys.dtype) for x in (q, out, dout))
+    (B, S, G, _), V = k.shape, out.shape[3]
+    memory = Memory(indices, in_full(k), None if v is None else in_full(v), V)
+    q_IRD, out_IRV, dout_IRV = (_items(x, G).to(memory.dtype) for x in (q, out, dout))
     q_IRD = q_IRD * scale
     lse_IR1, dlse_IR1 = (_items(x[..., None], G) for x in (lse, dlse))
     lse_IR1 = lse_IR1.masked_fill(lse_IR1.isneginf(), 0.0)  # there all scores are -inf

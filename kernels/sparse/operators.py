@@ -29,7 +29,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Callable[..., 
         return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=at_least_float32(q))
 
     def fake_back(q, k, v, indices, out, lse, dout, dlse, scale):
-        return torch.empty_like(q), torch.empty_like(k), k.new_empty(0) if v is None else torch.empty_like(v)
+        return torch.empty_like(q), k.new_empty(k.shape), k.new_empty(0) if v is None else v.new_empty(v.shape)
 
     def save(ctx, inputs, output):
         q, k, v, indices, ctx.scale, _ = inputs

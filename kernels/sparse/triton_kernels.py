@@ -57,22 +57,22 @@ def last_index(indices, query, S, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def keys_at(indices, query, start, T, S, G, K, BLOCK_N: tl.constexpr):
-    """Return the rows of the keys [N] that a query names from index `start` on among all [keys G], and a mask of those
-    that exist."""
+def keys_at(indices, query, start, T, S, of_sequence, of_token, of_head, K, BLOCK_N: tl.constexpr):
+    """Return the rows of the keys [N] that a query names from index `start` on, and a mask of those that exist. So many
+    rows lie between two sequences, tokens and heads."""
     j = start + tl.arange(0, BLOCK_N)
     index = tl.load(indices + query.to(tl.int64) * K + j, mask=j < K, other=-1)
     exist = (index >= 0) & (index < S)
-    row = (query // T).to(tl.int64) * S + tl.where(exist, index, 0)
-    return row * G + tl.program_id(1), exist
+    token = tl.where(exist, index, 0).to(tl.int64)
+    return (query // T).to(tl.int64) * of_sequence + token * of_token + tl.program_id(1) * of_head, exist
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "of_sequence", "of_token", "of_head"])
 def forward_kernel(
-    q, k, v, indices, out, lse, T, S, H, G, K, scale, SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, indices, out, lse, T, S, of_sequence, of_token, of_head, H, G, K, scale, SHARED: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
     heads, real = heads_of(query, H, G, BLOCK_M)
@@ -84,7 +84,7 @@ def forward_kernel(
     found = tl.zeros((BLOCK_M, BLOCK_A if SHARED else BLOCK_V), tl.float32)
     more = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
     for start in range(0, last_index(indices, query, S, K, BLOCK_K), BLOCK_N):
-        rows, exist = keys_at(indices, query, start, T, S, G, K, BLOCK_N)
+        rows, exist = keys_at(indices, query, start, T, S, of_sequence, of_token, of_head, K, BLOCK_N)
         ka = part(k, rows, exist, D, 0, A, BLOCK_A)
         kb = part(k, rows, exist, D, A, B, BLOCK_B) if B else ka
         scores = product(qa, tl.trans(ka), PRECISION)
@@ -118,12 +118,12 @@ def row_dots(x, y):
     return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["T", "S", "first"])
+@triton.jit(do_not_specialize=["T", "S", "of_sequence", "of_token", "of_head", "first"])
 def queries_gradient_kernel(
-    q, k, v, indices, out, lse, dout, dlse, dq, deltas, weights, dscores, first, T, S, H, G, K, scale,
-    SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, indices, out, lse, dout, dlse, dq, deltas, weights, dscores, first, T, S, of_sequence, of_token, of_head,
+    H, G, K, scale, SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dq; and of the queries from `first` on, by pair, the weights and the gradients of the scores of q and k,
     both [queries, H, K], up to the last block of keys that a query names; without them deltas [B, T, H], what is taken
@@ -149,7 +149,7 @@ def queries_gradient_kernel(
     dqc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     pairs, _ = heads_of(tl.program_id(0), H, G, BLOCK_M)
     for start in range(0, last_index(indices, query, S, K, BLOCK_K), BLOCK_N):
-        rows, exist = keys_at(indices, query, start, T, S, G, K, BLOCK_N)
+        rows, exist = keys_at(indices, query, start, T, S, of_sequence, of_token, of_head, K, BLOCK_N)
         ka = part(k, rows, exist, D, 0, A, BLOCK_A)
         kb = part(k, rows, exist, D, A, B, BLOCK_B) if B else ka
         kc = part(k, rows, exist, D, A + B, C, BLOCK_C) if C else ka

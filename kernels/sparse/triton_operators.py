@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.common.launch import block_for, block_sizes, check_dtype, launch_kernel, power_of_two, precision_for
 from kernels.sparse import triton_kernels as kernels
 from kernels.sparse.operators import register
+from kernels.sparse.rows import row_steps, where_they_lie
 from kernels.sparse.ways import COUNT, WORKSPACE, names_many
 
 LARGEST_HEAD = 256  # where values are numbers of their own
@@ -37,6 +38,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, value_dim: i
     rows = 16 if exact else min(sizes.rows, 32) if backward and D > LARGEST_HEAD else sizes.rows
     named |= {"BLOCK_M": block_for(H // G, rows)}
     named |= {"BLOCK_N": max(16, sizes.columns // (2 if exact else 1))}
+    named |= dict(zip(("of_sequence", "of_token", "of_head"), row_steps(k), strict=True))
     return named, {"warps": sizes.backward_warps if backward else sizes.forward_warps, "stages": sizes.stages}
 
 
@@ -44,6 +46,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, scale: float, value_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse, as `gathered.forward`."""
+    k, v = where_they_lie(k, v)
     named, options = _sizes(q, k, v, indices, value_dim, scale, backward=False)
     (B, T, H, _), G = q.shape, k.shape[2]
     out = torch.empty(B, T, H, value_dim, dtype=q.dtype, device=q.device)
@@ -59,6 +62,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v, as `gathered.backward`."""
+    k, v = k.contiguous(), None if v is None else v.contiguous()
     if v is not None and names_many(q, k, indices):
         return _backward_by_tiles(q, k, v, indices, out, lse, dout, dlse, scale)
     return _backward_by_pairs(q, k, v, indices, out, lse, dout, dlse, scale)

@@ -50,8 +50,8 @@ def attention_weights(mixer, x_TD, queries, keys):
     """Softmax weights of every head [heads, len(keys)] of each query t over the tokens keys[t], by definition."""
     base, x_BTD = mixer.attention, x_TD[None]
     if is_latent(mixer):
-        q, latent, k_rope = base.project(x_BTD, base.query_input(x_BTD), PLACES)
-        q, k, _ = base.heads_of(q, latent, k_rope, absorbed=False)
+        q, latent = base.project(x_BTD, base.query_input(x_BTD), PLACES)
+        q, k, _ = base.heads_of(q, latent, absorbed=False)
     else:
         q, k, _ = base.project(x_BTD, PLACES)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)

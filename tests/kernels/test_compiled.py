@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is in the test extra on Li
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a block may have
 COMMITTED = json.loads((ROOT / "results/bench/compiled.json").read_text())
+IN_HALF_PRECISION = {"kernels.sparse.triton_kernels.tiles_gradient_kernel"}  # alone: see `names_many`
 TENSOR_MEMORY = 512  # columns of a multiprocessor of Blackwell
 
 
@@ -44,7 +45,8 @@ def test_the_kernels_are_imported_without_triton(compiled):
 
 def assert_all_fit(targets, names, rows):
     for target in targets:
-        assert sorted({row["kernel"] for row in rows if (row["arch"], row["dtype"], row["head"]) == target}) == names
+        expected = set(names) - (IN_HALF_PRECISION if target[1] == "float32" else set())
+        assert {row["kernel"] for row in rows if (row["arch"], row["dtype"], row["head"]) == target} == expected
     assert [row for row in rows if row["shared_bytes"] > SHARED[row["arch"]]] == []
     assert [row for row in rows if row["tensor_memory_columns"] > TENSOR_MEMORY] == []
 

@@ -4,11 +4,13 @@ counts."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import sparse, sparse_attention, sparse_attention_flops
 from kernels.common.trial import TOLERANCE, error_against_reference
 from kernels.sparse import LATENT_OPERATION, OPERATION, gathered
+from kernels.sparse.rows import where_they_lie
 from kernels.sparse.ways import names_many
 from tests.kernels.cases import assert_equal, assert_within_twice
 
@@ -353,3 +355,43 @@ def test_triton_refuses_what_it_cannot_hold(triton_device):
         sparse_attention(big, big, big[..., :580], indices, backend="triton")
     with pytest.raises(ValueError, match="take float32, bfloat16 and float16, not torch.float64"):
         sparse_attention(*(big.double(),) * 3, indices, backend="triton")
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Keeps the bytes of the largest copy that is made, but for those inside of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            self.most = max(self.most, found.nbytes)
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lies", ["by token", "by head", "among other heads"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_cache_is_read_where_it_lies(backend, lies, dtype, triton_device, poisoned):
+    """What stands beside it in memory is NaN, and nothing of its size is copied."""
+    B, S, room, G, D, K = 2, 200, 256, 2, 16, 8
+    device = triton_device if backend == "triton" else "cpu"
+    rng = torch.Generator().manual_seed(0)
+    shape = {"by token": (B, room, G, D), "by head": (B, G, room, D), "among other heads": (B, room, 3 * G, D)}[lies]
+    caches = [torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)]
+    k, v = (x.transpose(1, 2)[:, :S] if lies == "by head" else x[:, :S, -G:] for x in caches)
+    for x in (k, v):
+        x.copy_(torch.randn(B, S, G, D, generator=rng))
+    q = torch.randn(B, 1, 4, D, generator=rng).to(device, dtype)
+    picked = torch.randint(S, (B, 1, K), generator=rng, dtype=torch.int32).to(device)
+    together = [x.contiguous() for x in (k, v)]
+    expected = sparse_attention(q, *together, picked, backend=backend)
+    with torch.no_grad(), CopiedBytes() as copied:
+        found = sparse_attention(q, k, v, picked, backend=backend)
+        if backend == "torch":  # Triton's interpreter copies what it is given
+            gathered.forward(q, k, v, picked, D**-0.5, D)
+    assert all(x is y for x, y in zip(where_they_lie(k, v), (k, v), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert copied.most < k[:, :, 0].nbytes
