@@ -20,14 +20,14 @@ def range_of(begins, ends, t, T, S, CAUSAL: tl.constexpr, PACKED: tl.constexpr):
         return t * 0, (S - T + t + 1 if CAUSAL else S + t * 0)
 
 
-@triton.jit(do_not_specialize=["first", "R", "T", "S"])
+@triton.jit(do_not_specialize=["first", "R", "T", "S", "of_sequence"])
 def scores_kernel(
-    q, k, weights, scales, scores, begins, ends, first, R, T, S, H: tl.constexpr, D: tl.constexpr,
+    q, k, weights, scales, scores, begins, ends, first, R, T, S, of_sequence, H: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store scores [B, R, S] of the queries from `first` on, times the scales [B, S] of the keys where there are some;
-    a tile that none of its queries may read is left as it is."""
+    a tile that none of its queries may read is left as it is. of_sequence: rows between two sequences of keys."""
     key = tl.program_id(0) * BLOCK_S
     start, row = tl.program_id(1) * BLOCK_R, tl.program_id(2).to(tl.int64)
     stop = tl.minimum(start + BLOCK_R, R)
@@ -35,7 +35,7 @@ def scores_kernel(
     _, end = range_of(begins, ends, first + stop - 1, T, S, CAUSAL, PACKED)
     if (key < end) & (key + BLOCK_S > begin):  # ranges begin and end no earlier than those before
         keys, heads, columns = key + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-        at = k + (row * S + keys)[:, None] * D + columns[None]
+        at = k + (row * of_sequence + keys)[:, None] * D + columns[None]
         k_first = tl.load(at, mask=(keys < S)[:, None] & (columns < D)[None], other=0.0)
         of_keys = keys if scales is None else tl.load(scales + row * S + keys, mask=keys < S, other=0.0)
         for r in range(start, stop):

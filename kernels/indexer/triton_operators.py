@@ -43,7 +43,7 @@ def lightning_indexer(
     scores = torch.empty(B, R, S, dtype=torch.float32, device=q.device)
     out = torch.empty(B, T, topk, dtype=torch.int32, device=q.device)
     named: dict = {"T": T, "S": S, "H": H, "D": D, "K": topk, "CAUSAL": causal, "PACKED": cu_seqlens is not None}
-    named |= {"begins": begins, "ends": ends}
+    named |= {"begins": begins, "ends": ends, "of_sequence": k.stride(0) // D}
     keys, dimensions = LARGEST_TILE.get(q.dtype, (sizes.columns, LARGEST_HEAD))
     named |= {"BLOCK_R": sizes.rows, "BLOCK_H": block_for(H, MOST_HEADS), "BLOCK_D": block_for(D, dimensions)}
     if q.dtype == FP8:
@@ -86,4 +86,6 @@ def lightning_indexer_triton(
         check_fp8(q)
         (q, of_queries), (k, scales) = quantised(q), quantised(k)
         weights = weights * of_queries
-    return lightning_indexer(q.contiguous(), k.contiguous(), weights.contiguous(), cu_seqlens, topk, causal, scales)
+    if k.stride()[1:] != (D, 1) or k.stride(0) % D:  # those of a cache, with room behind them, are read where they lie
+        k = k.contiguous()
+    return lightning_indexer(q.contiguous(), k, weights.contiguous(), cu_seqlens, topk, causal, scales)

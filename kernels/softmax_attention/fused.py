@@ -22,8 +22,9 @@ def attention_sdpa(
     places: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return o [B, T, H, E], arguments as in `attention`. All pairs and a causal triangle take no mask; others take
-    one of [T, S], and sinks or slopes one per head."""
-    T, H, S = *q.shape[1:3], k.shape[1]
+    one of [T, S], and sinks or slopes one per head. The heads of a group of one query, as in decoding, are rows of one
+    product, so that their keys are read once."""
+    (B, T, H, _), (_, S, G, _) = q.shape, k.shape
     plain = pairs.all or pairs.triangle
     mask = None if plain and sinks is None and slopes is None else pairs.dense(q.device)[:, None]
     if mask is not None and (sinks is not None or slopes is not None):
@@ -34,14 +35,17 @@ def attention_sdpa(
         k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
         sinks_HT1 = sinks.to(q.dtype)[:, None, None].expand(*mask.shape[:-3], H, T, 1)
         mask = torch.cat([mask, sinks_HT1], dim=-1)
+    as_rows = T == 1 and sinks is None and slopes is None
     o = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
+        q.reshape(B, G, H // G, -1) if as_rows else q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None and not pairs.all,
         scale=scale,
-        enable_gqa=k.shape[2] != H,
+        enable_gqa=not as_rows and G != H,
     )
-    return o.transpose(1, 2)
+    return o.reshape(B, 1, H, -1) if as_rows else o.transpose(1, 2)
 
 
 def attention_flex(

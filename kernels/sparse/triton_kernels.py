@@ -63,11 +63,11 @@ def keys_at(indices, query, start, T, S, of_sequence, of_token, of_head, K, BLOC
     j = start + tl.arange(0, BLOCK_N)
     index = tl.load(indices + query.to(tl.int64) * K + j, mask=j < K, other=-1)
     exist = (index >= 0) & (index < S)
-    token = tl.where(exist, index, 0).to(tl.int64)
-    return (query // T).to(tl.int64) * of_sequence + token * of_token + tl.program_id(1) * of_head, exist
+    first = (query // T).to(tl.int64) * of_sequence + tl.program_id(1) * of_head
+    return first + tl.where(exist, index, 0).to(tl.int64) * of_token, exist
 
 
-@triton.jit(do_not_specialize=["T", "S", "of_sequence", "of_token", "of_head"])
+@triton.jit(do_not_specialize=["T", "S", "of_sequence", "of_head"])
 def forward_kernel(
     q, k, v, indices, out, lse, T, S, of_sequence, of_token, of_head, H, G, K, scale, SHARED: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr,
@@ -118,7 +118,7 @@ def row_dots(x, y):
     return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["T", "S", "of_sequence", "of_token", "of_head", "first"])
+@triton.jit(do_not_specialize=["T", "S", "of_sequence", "of_head", "first"])
 def queries_gradient_kernel(
     q, k, v, indices, out, lse, dout, dlse, dq, deltas, weights, dscores, first, T, S, of_sequence, of_token, of_head,
     H, G, K, scale, SHARED: tl.constexpr, D: tl.constexpr, V: tl.constexpr, A: tl.constexpr, B: tl.constexpr,

@@ -108,3 +108,30 @@ def test_a_rotation_depends_on_the_distance_alone_and_leaves_the_rest_of_a_head(
     for distance in range(9):
         diagonal = scores[..., 0].diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand(9 - distance), rtol=1e-6, atol=1e-6)
+
+
+CACHED = {
+    "grouped": partial(Attention, 32, head_dim=8, queries_per_kv=2, position=Rotary()),
+    "windowed": partial(Attention, 32, head_dim=8, queries_per_kv=2, position=Rotary(), window=4),
+    "latent": partial(LatentAttention, 32, head_dim=8, position=Rotary()),
+}
+
+TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 2**-6}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_keeps_what_attention_computes_with(name, precision):
+    """In its dtype, and where all is kept with the tokens of a head in one piece; and it decodes what is read at
+    once."""
+    mixer, x_BTD = CACHED[name](), torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        whole, _ = mixer(x_BTD, CAUSAL)
+        state, found = mixer.empty_state(2), []
+        for part_BTD in x_BTD.split([5, 1, 1, 3, 1], dim=1):
+            y_BTD, state = mixer(part_BTD, CAUSAL, state)
+            found.append(y_BTD)
+    torch.testing.assert_close(torch.cat(found, 1).float(), whole.float(), **TOLERANCES[precision])
+    assert state.k.dtype == state.v.dtype == precision
+    assert name == "windowed" or state.k.transpose(1, 2).is_contiguous()

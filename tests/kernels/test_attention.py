@@ -53,7 +53,9 @@ def packed(visibility, B, L, seed=0):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (70, 70), pytest.param(300, 300, marks=thorough), (130, 200)])
+@pytest.mark.parametrize(
+    ("T", "S"), [(1, 1), (1, 60), (7, 7), (70, 70), pytest.param(300, 300, marks=thorough), (130, 200)]
+)
 @pytest.mark.parametrize(("causal", "window"), EXTENTS)
 @pytest.mark.parametrize("options", ["plain", "sinks", "slopes", "both"])
 def test_every_path_is_the_softmax_over_the_keys_that_are_seen(backend, T, S, causal, window, options):

@@ -112,6 +112,17 @@ def test_triton_takes_long_rows_many_heads_and_half_precision(T, keys, sizes, dt
     assert_as_good(lightning_indexer(**inputs, topk=130, backend="triton"), inputs, 130)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_keys_of_a_cache_are_read_where_they_lie(backend, triton_device, poisoned):
+    """Behind those of a sequence there is room for more, in which nothing stands."""
+    inputs = on(triton_device if backend == "triton" else "cpu", with_ties(3, keys=40))
+    k = inputs["k"]
+    room = torch.full((len(k), 64, k.shape[2]), torch.nan, device=k.device)
+    room[:, :40] = k
+    found = lightning_indexer(**inputs | {"k": room[:, :40]}, topk=5, backend=backend)
+    assert torch.equal(found, lightning_indexer(**inputs, topk=5, backend=backend))
+
+
 @slow_in_the_interpreter
 @on_triton
 def test_triton_goes_through_several_blocks_of_queries(triton_device, monkeypatch):
