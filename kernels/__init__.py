@@ -33,6 +33,7 @@ from kernels.grouped import grouped_matmul, grouped_matmul_flops
 from kernels.indexer import (
     lightning_indexer,
     lightning_indexer_flops,
+    lightning_indexer_keys,
     lightning_indexer_loss,
     lightning_indexer_loss_flops,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "largest_scores",
     "lightning_indexer",
     "lightning_indexer_flops",
+    "lightning_indexer_keys",
     "lightning_indexer_loss",
     "lightning_indexer_loss_flops",
     "linear_cross_entropy",

@@ -19,7 +19,7 @@ from archs.mixers.softmax import attend, in_attention, positions_of
 from archs.positions import Alibi, Positions, Rotary
 from archs.state import KVCache
 from archs.visibility import Kind, Visibility
-from kernels import lightning_indexer, lightning_indexer_loss, sparse_attention
+from kernels import lightning_indexer, lightning_indexer_keys, lightning_indexer_loss, sparse_attention
 
 
 class Indexer(nn.Module):
@@ -60,7 +60,7 @@ class Indexer(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class IndexedCache(State):
-    """The attention's cache, and that of the index keys, whose values are empty."""
+    """The attention's cache, and that of the index keys, whose values are their scales where fp8 picks, or empty."""
 
     attention: KVCache
     index: KVCache
@@ -95,8 +95,8 @@ class SparseAttention(Mixer[IndexedCache]):
             whose latent of the queries then also feeds the indexer.
         index_heads, index_dim, index_position: of the `Indexer`.
         top_k: tokens that a query attends to; all visible ones while there are no more.
-        index_precision: "fp8" picks by scores of queries and keys rounded to it, as the release does; None by exact
-            ones. The indexer's loss takes exact ones either way.
+        index_precision: "fp8" picks by scores of queries and keys rounded to it, as the release does, and a cache keeps
+            those keys in it; None by exact ones. The indexer's loss takes exact ones either way.
         loss_weight: factor on the indexer's loss, which is the auxiliary loss "indexer_kl".
         stage: "dense" or "sparse".
 
@@ -152,18 +152,17 @@ class SparseAttention(Mixer[IndexedCache]):
         picks = self._picks(x_BTD.shape[1] + (0 if before is None else before.length))
         query_input, q, k, v, output, cache = self._attention(x_BTD, position, before, picks)
         index_q, index_weights = self.indexer.queries(x_BTD.detach(), query_input.detach(), position)
-        index_k = self.indexer.keys(x_BTD.detach(), position)
+        index_k, key_scale = self.indexer.keys(x_BTD.detach(), position), None
         if state is not None and cache is not None:
-            index_k, _, kept = state.index.append(index_k, index_k[..., :0])
-            state = IndexedCache(cache, kept)
+            index_k, key_scale, state = self._keep_index(index_k, cache, state)
         asked, scale = (index_q, index_k[:, :, 0], index_weights), self.attention.scale
-        picked_BTK = self._pick(*asked, visibility) if picks else None
+        picked_BTK = self._pick(*asked, key_scale, visibility) if picks else None
         if picked_BTK is None:
             y_BTHE = attend(q, k, v, visibility, scale=scale)
         else:
             y_BTHE, _ = sparse_attention(q, k, v, picked_BTK, scale=scale)
         self.losses = {}
-        if self.training:
+        if self.training and state is None:
             self.losses["indexer_kl"] = self.loss_weight * self._divergence(*asked, q, k, picked_BTK, visibility)
         return output(y_BTHE), state
 
@@ -183,11 +182,23 @@ class SparseAttention(Mixer[IndexedCache]):
             k, v, cache = cache.append(in_attention(k), in_attention(v))
         return x_BTD, q, k.to(q.dtype), v.to(q.dtype), partial(self.attention.output, x_BTD=x_BTD), cache
 
-    def _pick(self, q: Tensor, k: Tensor, weights: Tensor, visibility: Visibility) -> Tensor:
+    def _keep_index(
+        self, k_BT1F: Tensor, cache: KVCache, state: IndexedCache
+    ) -> tuple[Tensor, Tensor | None, IndexedCache]:
+        """Return the keys of all tokens [B, S, 1, F], their scales [B, S] where they are in fp8, and the state with the
+        new ones and the attention's cache."""
+        if self.index_precision is None:
+            k_BS1F, _, index = state.index.append(k_BT1F, k_BT1F[..., :0])
+            return k_BS1F, None, IndexedCache(cache, index)
+        numbers, scale_BT1 = lightning_indexer_keys(k_BT1F)
+        k_BS1F, scale_BS11, index = state.index.append(numbers, scale_BT1[..., None])
+        return k_BS1F, scale_BS11[:, :, 0, 0], IndexedCache(cache, index)
+
+    def _pick(self, q: Tensor, k: Tensor, weights: Tensor, key_scale: Tensor | None, visibility: Visibility) -> Tensor:
         """Places [B, T, K] of the tokens of highest score, as `lightning_indexer` gives them."""
         options = {"causal": visibility.kind is Kind.CAUSAL, "precision": self.index_precision}
         if visibility.starts_BL is None:
-            return lightning_indexer(q, k, weights, self.top_k, **options)
+            return lightning_indexer(q, k, weights, self.top_k, **options, key_scale=key_scale)
         B, T = q.shape[:2]
         q, k, weights = _end_to_end(q, k, weights)
         picked = lightning_indexer(q, k, weights, self.top_k, **options, cu_seqlens=visibility.cu_seqlens())
@@ -207,16 +218,16 @@ class SparseAttention(Mixer[IndexedCache]):
         return lightning_indexer_loss(*tensors, indices=picked_BTK, **options).mean()
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """The indexer's loss, "indexer_kl"; none in evaluation."""
+        """The indexer's loss, "indexer_kl"; none in evaluation, nor from a cache, whose keys may be rounded."""
         return self.losses
 
     def residual_projections(self) -> Sequence[nn.Module]:
         return self.attention.residual_projections()
 
     def empty_state(self, batch: int) -> IndexedCache:
-        weight = self.indexer.key.weight
-        keys, nothing = (weight.new_empty(batch, 0, 1, n) for n in (self.indexer.dim, 0))
-        return IndexedCache(self.attention.empty_state(batch), KVCache(keys, nothing))
+        weight, scales = self.indexer.key.weight, 0 if self.index_precision is None else 1
+        keys, values = (weight.new_empty(batch, 0, 1, numbers) for numbers in (self.indexer.dim, scales))
+        return IndexedCache(self.attention.empty_state(batch), KVCache(keys, values))
 
     def flops(self, T: int, visibility: Visibility) -> int:
         """Forward FLOPs of one sequence: attention over the pairs that it reads, absorbed where it is latent and picks;

@@ -50,7 +50,7 @@ from kernels import (  # noqa: E402
 from kernels.common import dispatch, launch  # noqa: E402
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in launch.DTYPES}
 MODULES = [module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels.")]
 NAMES = sorted(

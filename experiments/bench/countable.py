@@ -25,6 +25,7 @@ from kernels import (
     indexer,
     lightning_indexer,
     lightning_indexer_flops,
+    lightning_indexer_keys,
     sparse,
     sparse_attention,
 )
@@ -86,6 +87,13 @@ def even_latents(T: int, **sizes) -> dict[str, Tensor]:
     return {name: x for name, x in inputs.items() if name != "v"}
 
 
+def kept_keys(T: int, **sizes) -> dict[str, Tensor]:
+    """Return inputs of `lightning_indexer` by name, with the keys that a cache keeps in fp8 and their scales."""
+    inputs = indexer.OPERATION.random_problem(T, **sizes)
+    k, key_scale = lightning_indexer_keys(inputs["k"])
+    return inputs | {"k": k, "key_scale": key_scale}
+
+
 def latent(q: Tensor, k: Tensor, indices: Tensor, *, value_dim: int, backend: str) -> tuple[Tensor, Tensor]:
     """Return `sparse_attention` in its absorbed form."""
     return sparse_attention(q, k, k[..., :value_dim], indices, backend=backend)
@@ -105,6 +113,20 @@ def all_tokens(T: int, **sizes) -> dict[str, Tensor]:
 
 HOST = torch.empty(0)
 
+PICKS = Countable(
+    replace(indexer.OPERATION, run=lightning_indexer, differentiable=False),
+    indexer.OPERATION.random_problem,
+    lambda T, s: s["batch"] * lightning_indexer_flops(T, s["keys"], s["heads"], s["head_dim"], s["causal"]),
+    arguments=("topk", "causal"),
+    blocks=Blocks(
+        "kernels.indexer.triton_operators.queries_at_once",
+        lambda s: (s["batch"], s["length"], s["keys"], block_sizes("lightning_indexer", s["head_dim"], HOST).rows),
+    ),
+)
+IN_FP8 = replace(
+    PICKS.operation, run=partial(lightning_indexer, precision="fp8"), kept=PICKS.operation.kept | {"key_scale"}
+)
+
 COUNTABLE = {
     **{
         name: Countable(CONTESTS[name].operation, CONTESTS[name].operation.random_problem, CONTESTS[name].flops)
@@ -120,16 +142,8 @@ COUNTABLE = {
         delta_step.OPERATION.random_problem,
         lambda T, s: s["batch"] * gated_delta_step_flops(s["heads"], s["key_heads"], s["head_dim"], s["value_dim"]),
     ),
-    "lightning_indexer": Countable(
-        replace(indexer.OPERATION, run=lightning_indexer, differentiable=False),
-        indexer.OPERATION.random_problem,
-        lambda T, s: s["batch"] * lightning_indexer_flops(T, s["keys"], s["heads"], s["head_dim"], s["causal"]),
-        arguments=("topk", "causal"),
-        blocks=Blocks(
-            "kernels.indexer.triton_operators.queries_at_once",
-            lambda s: (s["batch"], s["length"], s["keys"], block_sizes("lightning_indexer", s["head_dim"], HOST).rows),
-        ),
-    ),
+    "lightning_indexer": PICKS,
+    "lightning_indexer_fp8": PICKS._replace(operation=IN_FP8, problem=kept_keys),
     "sparse_attention": Countable(
         sparse.OPERATION,
         even_picks,

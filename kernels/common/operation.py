@@ -38,10 +38,11 @@ class Operation:
 
     def leaves(self, inputs: dict[str, Tensor], device: str, dtype: torch.dtype, gradients: bool) -> dict[str, Tensor]:
         """Return copies of the inputs on a device, in `dtype` or as models keep them, that ask for gradients or not;
-        integers stay integers, without."""
+        integers and fp8 stay as they are, without."""
         exact = torch.promote_types(dtype, torch.float32)
         moved = {}
         for name, x in inputs.items():
-            wanted = (exact if name in self.kept else dtype) if x.is_floating_point() else x.dtype
-            moved[name] = x.to(device, wanted).detach().requires_grad_(gradients and x.is_floating_point())
+            cast = x.is_floating_point() and x.itemsize > 1
+            wanted = (exact if name in self.kept else dtype) if cast else x.dtype
+            moved[name] = x.to(device, wanted).detach().requires_grad_(gradients and cast)
         return moved

@@ -10,11 +10,11 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from kernels.common.arguments import check_packed, check_shape
+from kernels.common.arguments import at_least_float32, check_packed, check_shape
 from kernels.common.dispatch import choose_backend
 from kernels.common.operation import Operation
 from kernels.indexer.blocks import lightning_indexer_blocks, lightning_indexer_flops
-from kernels.indexer.fp8 import rounded
+from kernels.indexer.fp8 import FP8, quantised, restored, rounded
 from kernels.indexer.loss import forward as loss_in_blocks
 from kernels.indexer.loss import lightning_indexer_loss_flops
 from kernels.indexer.problems import KEPT, random_problem
@@ -25,6 +25,7 @@ __all__ = [
     "OPERATION",
     "lightning_indexer",
     "lightning_indexer_flops",
+    "lightning_indexer_keys",
     "lightning_indexer_loss",
     "lightning_indexer_loss_flops",
 ]
@@ -40,6 +41,7 @@ def lightning_indexer(
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
     precision: str | None = None,
+    key_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the places of the topk visible keys s of highest score sum_h weights[t, h] relu(q[t, h] . k[s]).
@@ -58,6 +60,8 @@ def lightning_indexer(
             cu_seqlens[n] to cu_seqlens[n + 1], which do not see each other.
         precision: "fp8" rounds q and k to fp8 (E4M3) first, each row of D numbers with a scale of its own, a power of
             two (see `fp8.quantised`); None takes them as they are.
+        key_scale: [B, S] float32, with precision "fp8", where k is in fp8 already (float8_e4m3fn): both as
+            `lightning_indexer_keys` makes them once for all calls, which is what a cache keeps.
         backend: "auto" (see `choose_backend`), "torch" (in blocks), "reference" (all scores in memory),
             "triton" (float32, bfloat16 and float16; multiplies in fp8 what is in fp8, on GPUs of compute capability 8.9
             or higher) or "cuda" (Hopper, bfloat16, up to 64 heads of up to 128 dimensions; built on first use; not in
@@ -67,13 +71,23 @@ def lightning_indexer(
         [B, T, topk] int32: the places in rising order, and -1 behind them where fewer keys are visible.
 
     Raises:
-        ValueError: for shapes that do not fit together, or a backend that does not exist or that cannot run here.
+        ValueError: for shapes or dtypes that do not fit together, or a backend that does not exist or that cannot run
+            here.
     """
-    B, T, S = check_indexer("lightning_indexer", q, k, weights, causal, cu_seqlens)
+    if (key_scale is not None) != (k.dtype == FP8):
+        raise ValueError(
+            f"lightning_indexer takes keys in fp8 together with their key_scale, and no others with one; got {k.dtype} "
+            f"{'without' if key_scale is None else 'with'} key_scale: take both from lightning_indexer_keys"
+        )
+    key_dtype = None if key_scale is None else FP8
+    B, T, S = check_indexer("lightning_indexer", q, k, weights, causal, cu_seqlens, key_dtype)
+    check_shape("key_scale", key_scale, (B, S))
     if topk < 1:
         raise ValueError(f"topk={topk} must be at least 1 key")
     if precision not in (None, "fp8"):
         raise ValueError(f"precision={precision!r} of lightning_indexer must be 'fp8', or None for that of q and k")
+    if key_scale is not None and precision != "fp8":
+        raise ValueError("key_scale of lightning_indexer belongs to keys in fp8: say precision='fp8', or leave it out")
     if backend == "cuda":
         if precision == "fp8":
             raise ValueError("backend 'cuda' of lightning_indexer has no fp8: choose backend='auto', or precision=None")
@@ -94,18 +108,44 @@ def lightning_indexer(
     if backend == "triton":
         from kernels.indexer.triton_operators import lightning_indexer_triton
 
-        return lightning_indexer_triton(q, k, weights, cu_seqlens, topk, causal, precision == "fp8")
+        return lightning_indexer_triton(q, k, weights, cu_seqlens, topk, causal, precision == "fp8", key_scale)
     if precision == "fp8":
-        q, k = rounded(q), rounded(k)
+        q, k = rounded(q), rounded(k) if key_scale is None else restored(k, key_scale, at_least_float32(q))
     if backend == "torch":
         return lightning_indexer_blocks(q, k, weights, cu_seqlens, topk, causal)
     return lightning_indexer_reference(q, k, weights, *visible_ranges(T, S, causal, cu_seqlens, q), topk)
 
 
+@torch.no_grad()
+def lightning_indexer_keys(k: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Return keys [..., D] in fp8 (float8_e4m3fn) and their `key_scale` [...] in float32, for `lightning_indexer` with
+    precision "fp8": it picks the same by them as by k, and need not round the keys of a cache again.
+
+    Args:
+        k: of any shape; no gradient reaches it.
+        backend: "auto", "torch" or "triton" (as in `lightning_indexer`), which give the same bits.
+
+    Raises:
+        ValueError: for a backend that does not exist or that cannot run here.
+    """
+    backend = choose_backend(FP8_OPERATION, backend, ["torch", "triton"], "torch", k, heads=1, head_dim=k.shape[-1])
+    if backend == "triton":
+        from kernels.indexer.triton_operators import lightning_indexer_keys_triton
+
+        return lightning_indexer_keys_triton(k)
+    return quantised(k)
+
+
 def check_indexer(
-    name: str, q: Tensor, k: Tensor, weights: Tensor, causal: bool, cu_seqlens: Tensor | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    key_dtype: torch.dtype | None = None,
 ) -> tuple[int, int, int]:
-    """Return B, T and S of the inputs of an indexer, checked.
+    """Return B, T and S of the inputs of an indexer, checked; key_dtype: that k is to have where it is not q's.
 
     Raises:
         ValueError: for ranks, shapes, dtypes or boundaries that do not fit together.
@@ -118,7 +158,7 @@ def check_indexer(
     (B, T, H, D), S = q.shape, k.shape[1]
     check_shape("k", k, (B, S, D))
     check_shape("weights", weights, (B, T, H))
-    if any(not x.is_floating_point() for x in (q, k, weights)) or q.dtype != k.dtype:
+    if any(not x.is_floating_point() for x in (q, k, weights)) or k.dtype != (key_dtype or q.dtype):
         raise ValueError(
             f"{name} takes q and k of one dtype and weights, all floating point; got {q.dtype}, {k.dtype} and "
             f"{weights.dtype}"

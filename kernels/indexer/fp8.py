@@ -23,7 +23,11 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-LARGEST, LARGEST).to(FP8), scale.squeeze(-1)
 
 
+def restored(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what fp8 numbers [..., D] and the scales [...] of their rows stand for, in `dtype`."""
+    return (numbers.float() * scale[..., None]).to(dtype)
+
+
 def rounded(x: Tensor) -> Tensor:
     """Return the numbers that x has in fp8: in float32, which holds them all, or float64 for float64."""
-    numbers, scale = quantised(x)
-    return (numbers.float() * scale[..., None]).to(at_least_float32(x))
+    return restored(*quantised(x), at_least_float32(x))

@@ -1,4 +1,4 @@
-"""The lightning indexer in Triton: scores of a block of queries, and the picks by them.
+"""The lightning indexer in Triton: scores of a block of queries, the picks by them, and rows in fp8.
 
 The scores of R queries per sequence lie in a buffer [B, R, S] of float32, which the next block overwrites. A program of
 `scores_kernel` holds a tile of keys and goes through some queries; one of `select_kernel` finds the least score picked
@@ -27,7 +27,8 @@ def scores_kernel(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store scores [B, R, S] of the queries from `first` on, times the scales [B, S] of the keys where there are some;
-    a tile that none of its queries may read is left as it is. of_sequence: rows between two sequences of keys."""
+    a tile that none of its queries may read is left as it is. of_sequence: rows between two sequences of keys, and of
+    their scales."""
     key = tl.program_id(0) * BLOCK_S
     start, row = tl.program_id(1) * BLOCK_R, tl.program_id(2).to(tl.int64)
     stop = tl.minimum(start + BLOCK_R, R)
@@ -37,7 +38,7 @@ def scores_kernel(
         keys, heads, columns = key + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
         at = k + (row * of_sequence + keys)[:, None] * D + columns[None]
         k_first = tl.load(at, mask=(keys < S)[:, None] & (columns < D)[None], other=0.0)
-        of_keys = keys if scales is None else tl.load(scales + row * S + keys, mask=keys < S, other=0.0)
+        of_keys = keys if scales is None else tl.load(scales + row * of_sequence + keys, mask=keys < S, other=0.0)
         for r in range(start, stop):
             query = row * T + first + r
             rows = q + (query * H + heads)[None] * D + columns[:, None]
@@ -55,6 +56,32 @@ def scores_kernel(
             if scales is not None:
                 total *= of_keys
             tl.store(scores + (row * R + r) * S + keys, total, mask=keys < S)
+
+
+@triton.jit(do_not_specialize=["N"])
+def quantise_kernel(
+    x, weights, numbers, scales, N, LEAST: tl.constexpr, LARGEST: tl.constexpr, MANTISSA: tl.constexpr,
+    EXPONENT: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store the rows of x [N, D] as bits of fp8, and their scales [N], times weights [N] where there are some. By bits,
+    since few GPUs cast to fp8 and the interpreter does it wrong."""
+    rows, columns = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    at, inside = rows[:, None] * D + columns[None], (rows < N)[:, None] & (columns < D)[None]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # or NaN
+    ratio = tl.maximum(largest, LEAST, propagate_nan=tl.PropagateNan.ALL) * (1 / LARGEST)
+    scale = ((ratio.to(tl.int32, bitcast=True) + MANTISSA) & EXPONENT).to(tl.float32, bitcast=True)
+    quotient = tl.div_rn(values, scale[:, None])
+    size = tl.minimum(tl.abs(quotient), LARGEST)
+    bits = size.to(tl.int32, bitcast=True)
+    # Both to the nearest, ties to even: of 23 bits 3 stay, and below 2^-6 multiples of 2^-9.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    small = ((size * 512 + 8388608.0) - 8388608.0).to(tl.int32)
+    code = tl.where(size < 0.015625, small, normal) | ((quotient.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    tl.store(numbers + at, tl.where(quotient == quotient, code, 0x7F).to(tl.uint8), mask=inside)
+    if weights is not None:
+        scale *= tl.load(weights + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(scales + rows, scale, mask=rows < N)
 
 
 @triton.jit

@@ -212,6 +212,28 @@ def test_a_decode_step_reads_no_more_than_it_picked(base):
     assert not mixer(x[:, -1:], CAUSAL, state)[0].isnan().any()
 
 
+@bases
+def test_a_cache_keeps_the_indexers_keys_in_fp8_and_decoding_picks_by_them_as_reading_at_once(base):
+    mixer, x = build(base, index_precision="fp8").eval(), inputs()
+    expected, state = mixer(x, CAUSAL)[0], mixer.empty_state(2)
+    found = []
+    for part in (x[:, :20], *x[:, 20:].split(1, dim=1)):
+        y, state = mixer(part, CAUSAL, state)
+        found.append(y)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
+    assert state.index.k.dtype == torch.float8_e4m3fn and state.index.v.dtype == torch.float32
+    assert state.index.nbytes == 2 * T * (INDEX["index_dim"] + 4)
+    again = mixer(x[:, :1].repeat_interleave(3, dim=0), CAUSAL, state.repeat(3))[0]
+    torch.testing.assert_close(again[::3], mixer(x[:, :1], CAUSAL, state)[0])
+
+
+def test_from_a_cache_there_is_no_loss_of_the_indexer():
+    mixer, x = build("grouped", index_precision="fp8"), inputs()
+    _, state = mixer(x[:, :-1], CAUSAL, mixer.empty_state(2))
+    mixer(x[:, -1:], CAUSAL, state)
+    assert mixer.auxiliary_losses() == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -274,12 +274,12 @@ def test_a_trial_finds_triton_right_and_would_find_a_wrong_pick(triton_device, m
 @slow_in_the_interpreter
 def test_the_operators_pass_pytorchs_own_checks(triton_device):
     from kernels.indexer.triton_operators import lightning_indexer as in_triton
+    from kernels.indexer.triton_operators import lightning_indexer_keys as keys_in_triton
 
+    inputs, options = on(triton_device, problem(5)), {"test_utils": ("test_schema", "test_faketensor")}
     for operator in (in_triton, blocks.lightning_indexer_blocks):
-        inputs = on(triton_device, problem(5))
-        torch.library.opcheck(
-            operator, (*inputs.values(), None, 3, True), test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(operator, (*inputs.values(), None, 3, True), **options)
+    torch.library.opcheck(keys_in_triton, (inputs["k"],), **options)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from archs import number_formats
-from kernels import lightning_indexer
+from kernels import lightning_indexer, lightning_indexer_keys
 from kernels.common.launch import check_fp8
 from kernels.common.trial import TOLERANCE, error_against_reference
 from kernels.indexer import FP8_OPERATION, OPERATION
@@ -79,6 +79,51 @@ def test_triton_multiplies_in_fp8_and_picks_the_same_up_to_sums(T, keys, sizes, 
 
 
 @on_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(130, 24), (3, 7, 1, 128), (5, 256), (2, 0, 16)])
+def test_triton_rounds_keys_to_the_same_bits(shape, dtype, triton_device):
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(shape, generator=generator) * (6 * torch.randn(shape, generator=generator)).exp()
+    k[..., :1] *= 0.0
+    k = k.clamp(-6e4, 6e4).to(triton_device, dtype)
+    expected = lightning_indexer_keys(k, backend="torch")
+    found = lightning_indexer_keys(k, backend="triton")
+    assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(found[1], expected[1])
+
+
+@on_triton
+def test_every_number_between_two_of_fp8_goes_to_the_nearest_and_from_the_middle_to_the_even_one(triton_device):
+    """All 127 numbers from 0 to 448, what lies in the middle, and the neighbours of that on either side."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, middle, middle.nextafter(numbers[1:]), middle.nextafter(numbers[:-1])])
+    x = torch.cat([x, -x])[:, None].repeat(1, 2).to(triton_device)
+    x[:, 1] = 448.0
+    found, scale = lightning_indexer_keys(x, backend="triton")
+    assert (scale == 1).all()
+    assert torch.equal(found.view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@on_triton
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_keys_that_a_cache_keeps_in_fp8_are_picked_as_if_they_were_rounded_now(backend, triton_device):
+    """With room behind each sequence, where there are numbers that are none."""
+    inputs = problem(9, keys=40)
+    numbers, scale = lightning_indexer_keys(inputs["k"])
+    room = numbers.new_full((2, 50, 8), torch.nan), scale.new_full((2, 50), torch.nan)
+    for buffer, kept in zip(room, (numbers, scale), strict=True):
+        buffer[:, :40] = kept
+    device = triton_device if backend == "triton" else "cpu"
+    inputs, room = {name: x.to(device) for name, x in inputs.items()}, [x.to(device) for x in room]
+    expected = in_fp8(**inputs, topk=7, backend=backend)
+    kept = inputs | {"k": room[0][:, :40]}
+    assert torch.equal(in_fp8(**kept, topk=7, key_scale=room[1][:, :40], backend=backend), expected)
+    apart = room[1][:, :40].contiguous()  # scales that do not lie as the keys do
+    assert torch.equal(in_fp8(**kept, topk=7, key_scale=apart, backend=backend), expected)
+
+
+@on_triton
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_a_key_with_nan_or_infinity_is_picked_last(backend, triton_device):
     device = triton_device if backend == "triton" else "cpu"
@@ -100,8 +145,12 @@ def test_a_trial_finds_triton_right_in_fp8_and_would_find_a_lost_scale(triton_de
     assert error() < TOLERANCE[torch.bfloat16]
     from kernels.indexer import triton_operators
 
-    right = triton_operators.lightning_indexer
-    monkeypatch.setattr(triton_operators, "lightning_indexer", lambda *a: right(*a[:-1], torch.ones_like(a[-1])))
+    right = triton_operators.quantised_rows
+    monkeypatch.setattr(
+        triton_operators,
+        "quantised_rows",
+        lambda x, w=None: (right(x)[0], torch.ones(x.shape[:-1]) if w is None else w),
+    )
     assert error() > TOLERANCE[torch.bfloat16]
 
 
@@ -115,6 +164,22 @@ def test_a_trial_finds_triton_right_in_fp8_and_would_find_a_lost_scale(triton_de
 def test_what_is_not_there_is_refused_by_name(options, words):
     with pytest.raises(ValueError, match=words):
         lightning_indexer(**problem(2), topk=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "words"),
+    [
+        (lambda k, s: {"k": k}, {}, "got torch.float8_e4m3fn without key_scale: take both from lightning_indexer_keys"),
+        (lambda k, s: {"key_scale": s}, {}, "got torch.float32 with key_scale: take both from"),
+        (lambda k, s: {"k": k, "key_scale": s[:, 1:]}, {}, "key_scale"),
+        (lambda k, s: {"k": k, "key_scale": s}, {"precision": None}, "key_scale of lightning_indexer belongs to keys"),
+    ],
+)
+def test_keys_in_fp8_come_with_their_scales_and_only_so(made, options, words):
+    inputs = problem(3)
+    kept = lightning_indexer_keys(inputs["k"])
+    with pytest.raises(ValueError, match=words):
+        lightning_indexer(**inputs | made(*kept), topk=3, **{"precision": "fp8"} | options)
 
 
 def test_a_gpu_without_fp8_is_refused_by_name(monkeypatch):
