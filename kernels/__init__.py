@@ -6,7 +6,7 @@ The face of the package is the functions below. One folder per operation, all wi
     reference.py         the definition, as plain as can be; every other backend is tested against it in float64
     chunked.py           the fast path on any device and the count of its FLOPs (depthwise.py for the convolution,
                          segments.py for the grouped product, blocks.py for the indexer and the cross entropy,
-                         gathered.py for sparse attention)
+                         gathered.py and masked.py for sparse attention)
     triton_kernels.py    the kernels for GPUs
     triton_operators.py  their registration with PyTorch: autograd, torch.compile, FlopCounterMode (operators.py where
                          the fast path is registered too)

@@ -19,6 +19,8 @@ from kernels.common.arguments import at_least_float32, without_autocast
 from kernels.indexer.blocks import PRODUCTS, blocks_of, keys_of
 from kernels.indexer.ranges import pair_count, visible_ranges
 from kernels.indexer.reference import visible_pairs
+from kernels.sparse.masked import named_range, times_named
+from kernels.sparse.ways import names_most
 
 
 class Block(NamedTuple):
@@ -51,15 +53,24 @@ def _gathered(x: Tensor, at: Tensor) -> Tensor:
     return x[batch, at]
 
 
+def _masks(indices: Tensor | None, k: Tensor) -> bool:
+    """Return whether a block of queries takes all keys from the first to the last that one of them picked, under a
+    mask, and not each query its own."""
+    return indices is not None and names_most(indices, k.shape[1])
+
+
 def _block(q, k, weights, query, key, indices, scale: float, block: range, keys: slice, begins, ends) -> Block:
     """Return what the queries of a block make; shapes as in `lightning_indexer_loss`."""
     dtype, exact = at_least_float32(q), at_least_float32(query)
     rows, G = slice(block.start, block.stop), key.shape[2]
     q_BCHD, w_BCH = q[:, rows].to(dtype), weights[:, rows].to(dtype)
     a_BCGRE = (query[:, rows].to(exact) * scale).unflatten(2, (G, -1))
-    if indices is None:
+    if indices is None or _masks(indices, k):
         at, k_N, key_N = keys, k[:, keys].to(dtype), key[:, keys].to(exact)
-        read = visible_pairs(begins[rows] - keys.start, ends[rows] - keys.start, keys.stop - keys.start)
+        if indices is None:
+            read = visible_pairs(begins[rows] - keys.start, ends[rows] - keys.start, keys.stop - keys.start)
+        else:
+            read = times_named(indices[:, rows], keys.start, keys.stop) > 0
         match = (q_BCHD.flatten(1, 2) @ k_N.mT).unflatten(1, q_BCHD.shape[1:3])
         logits = a_BCGRE.permute(0, 2, 1, 3, 4).flatten(2, 3) @ key_N.permute(0, 2, 3, 1)
         logits = logits.unflatten(2, (len(block), -1)).movedim(2, 1)
@@ -81,7 +92,11 @@ def _blocks(q, k, weights, query, key, indices, cu_seqlens, scale: float, causal
     """Yield what each block of queries makes."""
     (B, T, H, D), S, (A, E), G = q.shape, k.shape[1], query.shape[2:], key.shape[2]
     begins, ends = visible_ranges(T, S, causal, cu_seqlens, q)
-    per_query = B * (S * (H + A) if indices is None else indices.shape[2] * (H + A + D + G * E))
+    per_query = B * (indices.shape[2] * (H + A + D + G * E) if indices is not None else S * (H + A))
+    if _masks(indices, k):
+        begins_BT, ends = named_range(indices, S)
+        ends = ends.amax(0)
+        begins, per_query = torch.minimum(begins_BT.amin(0), ends), B * S * (H + A)
     for block in blocks_of(T, per_query, PRODUCTS):
         keys = keys_of(block, S, T, causal, begins, ends)
         yield _block(q, k, weights, query, key, indices, scale, block, keys, begins, ends)

@@ -14,17 +14,18 @@ from torch.autograd.forward_ad import unpack_dual
 from kernels.common.arguments import without_autocast
 from kernels.common.dispatch import choose_backend
 from kernels.common.operation import Operation
-from kernels.sparse import gathered
+from kernels.sparse import gathered, masked
 from kernels.sparse.operators import register, sparse_attention_flops
 from kernels.sparse.problems import KEPT, random_latents, random_problem
 from kernels.sparse.reference import sparse_attention_reference
 from kernels.sparse.rows import where_they_lie
-from kernels.sparse.ways import WORTH, names_many
+from kernels.sparse.ways import WORTH, names_many, names_most
 
 __all__ = ["LATENT_OPERATION", "OPERATION", "sparse_attention", "sparse_attention_flops"]
 
 BACKENDS = ["reference", "torch", "triton"]
 gathered_operator = register("sparse_attention_gathered", gathered.forward, gathered.backward)
+masked_operator = register("sparse_attention_masked", masked.forward, masked.backward)
 
 
 def sparse_attention(
@@ -73,7 +74,7 @@ def sparse_attention(
     with without_autocast(q):
         if backend == "reference":
             return sparse_attention_reference(q, k, v, indices, scale)
-        run = gathered_operator
+        run = masked_operator if names_most(indices, k.shape[1]) else gathered_operator
         if backend == "triton":
             from kernels.sparse.triton_operators import sparse_attention_triton as run
         return run(q.contiguous(), *where_they_lie(k, None if shared else v), indices, scale, V)

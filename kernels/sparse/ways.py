@@ -1,5 +1,5 @@
-"""The way in which the Triton kernels sum the gradients of keys and values: by tiles of keys where queries name many of
-them, else by rows of the pairs that are named.
+"""The ways in which sparse attention is computed, by how many of the keys queries name: Triton sums the gradients of
+keys and values by tiles of keys or by rows of the pairs that are named; a CPU masks keys or gathers them.
 
 Shape letters: B sequences, T queries, S keys, H query heads, G key-value heads, K indices of a query.
 """
@@ -13,6 +13,15 @@ COUNT = torch.int32  # of how often a query names a key
 # Tiles cost 4 H / G FLOPs for each number of a key, of every query and key; a row of a pair, of those that are named,
 # costs 4 bytes for it, of which an H200 moves one in the time of some 200 FLOPs in half precision.
 WORTH = 200
+
+FEW_QUERIES = 16  # for which a CPU gathers keys in any case
+
+
+def names_most(indices: Tensor, S: int) -> bool:
+    """Return whether queries on a CPU name so many of S keys that products with all of them, and a mask, are cheaper
+    than to gather them: half, from which on they were so with any number of heads."""
+    T, K = indices.shape[1:]
+    return indices.device.type == "cpu" and T >= FEW_QUERIES and 2 * K >= S
 
 
 def names_many(q: Tensor, k: Tensor, indices: Tensor) -> bool:

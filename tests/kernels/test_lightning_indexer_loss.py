@@ -48,6 +48,19 @@ def test_values_and_gradients_are_those_of_all_pairs_at_once(T, S, causal, topk,
     assert (truth["y"] > 0).any() or S == 1
 
 
+@pytest.mark.parametrize("products", [1, 5000, 1 << 20])
+def test_where_most_are_picked_a_mask_gives_what_gathering_gives(products, monkeypatch):
+    """With queries in a row that pick none, by themselves a block."""
+    monkeypatch.setattr(loss, "PRODUCTS", products)
+    inputs = problem(37)
+    indices = picks(inputs, 20)
+    indices[:, 10:20] = -1
+    truth = run(inputs, "reference", indices)
+    for most in (True, False):
+        monkeypatch.setattr(loss, "names_most", lambda *inputs, most=most: most)
+        assert_equal(run(inputs, "torch", indices), truth)
+
+
 @stages
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_documents_are_each_as_if_alone(topk, causal):

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import sparse, sparse_attention, sparse_attention_flops
 from kernels.common.trial import TOLERANCE, error_against_reference
-from kernels.sparse import LATENT_OPERATION, OPERATION, gathered
+from kernels.sparse import LATENT_OPERATION, OPERATION, gathered, masked
 from kernels.sparse.rows import where_they_lie
-from kernels.sparse.ways import names_many
+from kernels.sparse.ways import names_many, names_most
 from tests.kernels.cases import assert_equal, assert_within_twice
 
 thorough = pytest.mark.thorough
@@ -90,6 +90,30 @@ def test_torch_equals_the_definition(form, T, picked, monkeypatch):
     monkeypatch.setattr(gathered, "GATHERED", 5000)  # several blocks, the last one smaller
     inputs = problem(form, T, picked=picked)
     assert_equal(run(form, inputs, "torch"), run(form, inputs, "reference"))
+
+
+@forms
+@pytest.mark.parametrize("bytes", [1, 3000, 1 << 21])
+def test_where_most_are_named_a_mask_gives_what_gathering_gives(form, bytes, monkeypatch):
+    """In blocks of one query, of a few, of all; with keys named twice, and a sequence in which nobody names any."""
+    monkeypatch.setattr(masked, "SCORE_BYTES", bytes)
+    inputs = problem(form, 20, picked=12)
+    inputs["indices"][0, 3:9] = -1
+    inputs["indices"][1, :, 1] = inputs["indices"][1, :, 0]
+    expected = run(form, inputs, "reference")
+    for most in (True, False):
+        monkeypatch.setattr(sparse, "names_most", lambda *inputs, most=most: most)
+        assert_equal(run(form, inputs, "torch"), expected)
+    inputs["indices"][0] = -1
+    monkeypatch.setattr(sparse, "names_most", lambda *inputs: True)
+    found = run(form, inputs, "torch", to_lse=False)
+    assert (found["out"][0] == 0).all() and (found["dq"][0] == 0).all() and found["lse"][0].isneginf().all()
+
+
+@pytest.mark.parametrize(("T", "picked", "most"), [(16, 32, True), (64, 31, False), (15, 64, False)])
+def test_a_mask_is_taken_from_half_of_the_keys_on_and_not_for_few_queries(T, picked, most):
+    assert names_most(torch.empty(1, T, picked), 64) is most
+    assert not names_most(torch.empty(1, T, picked, device="meta"), 64)
 
 
 @forms
