@@ -1,5 +1,6 @@
 """Checks, defaults and precision of arguments that the public functions share."""
 
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -25,8 +26,8 @@ def check_tensors(operation: str, **expected: tuple[Tensor | None, str]) -> None
     """
     tensors = {name: x for name, (x, _) in expected.items() if x is not None}
     for name, x in tensors.items():
-        layouts = [layout.split() for layout in expected[name][1].split(" or ")]
-        if x.dim() not in [len(letters) for letters in layouts]:
+        layouts = _layouts(expected[name][1])
+        if x.dim() not in map(len, layouts):
             allowed = " or ".join(f"[{', '.join(letters)}]" for letters in layouts)
             raise ValueError(f"{name} of {operation} must be {allowed}; it has {x.dim()} dimensions: {list(x.shape)}")
         if x.dtype not in FLOATS:
@@ -41,13 +42,20 @@ def check_tensors(operation: str, **expected: tuple[Tensor | None, str]) -> None
             )
     found: dict[torch.dtype, str] = {}
     for name, x in tensors.items():
-        if x.dtype != torch.float32 or torch.float64 in [y.dtype for y in tensors.values()]:
-            found.setdefault(x.dtype, name)
+        found.setdefault(x.dtype, name)
+    if torch.float64 not in found:
+        found.pop(torch.float32, None)
     if len(found) > 1:
         (one, a), (two, b) = list(found.items())[:2]
         raise ValueError(
             f"{a} of {operation} is {one} and {b} {two}: give all one dtype, or float32 beside one half precision"
         )
+
+
+@cache
+def _layouts(layouts: str) -> list[list[str]]:
+    """Return the letters of each layout; every decoded token asks for them anew."""
+    return [layout.split() for layout in layouts.split(" or ")]
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:

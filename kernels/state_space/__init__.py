@@ -68,9 +68,9 @@ def ssd(
         return_final_states: whether to return the states after the last token.
         cu_seqlens: [S + 1] int32 or int64: the batch of one row holds S sequences one after the other, the n-th from
             cu_seqlens[n] to cu_seqlens[n + 1]. One may be empty: its state stays.
-        backend: "auto" (see `choose_backend`), "torch" (chunked), "reference" (token by token, which is the fastest
-            for one token), "triton" (float32, bfloat16 and float16) or "mamba_ssm" (the package, where it is
-            installed; it takes the same decay for every token, a dt and no cu_seqlens).
+        backend: "auto" (see `choose_backend`), "torch" (chunked), "reference" (token by token), "triton" (float32,
+            bfloat16 and float16) or "mamba_ssm" (the package, where it is installed; it takes the same decay for every
+            token, a dt and no cu_seqlens).
 
     Returns:
         y [S, T, H, P] in x's dtype, and the final states [S, H, P, N] in float32 (float64 for float64 inputs) or None.
@@ -105,9 +105,8 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1 token")
     backend = refuse_transforms("ssd", backend, x, dt, A, B, C, D, z, dt_bias, initial_states)
-    fastest = "torch" if T > 1 else "reference"  # a chunk of one token is the recurrence in more steps
     backend = choose_backend(
-        OPERATION, backend, [*BACKENDS, "triton", "mamba_ssm"], fastest, x, heads=2, groups=1, head_dim=P, state_size=N
+        OPERATION, backend, [*BACKENDS, "triton", "mamba_ssm"], "torch", x, heads=2, groups=1, head_dim=P, state_size=N
     )
     if backend == "mamba_ssm":
         if dt is None or A.dim() > 1 or cu_seqlens is not None:

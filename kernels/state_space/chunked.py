@@ -29,6 +29,8 @@ def ssd_chunked(
     the recurrence does on the same bfloat16 inputs, and save a fifth of the time.)
     """
     T, P, G, dtype = x.shape[1], x.shape[3], B.shape[2], initial_states.dtype
+    if T == 1:
+        return _step(x, dt, g, B, C, initial_states)
     chunk = min(chunk_size, T)
     pad = -T % chunk
 
@@ -68,6 +70,21 @@ def ssd_chunked(
     carried_SKLHP = carried_SKLHP * decay(sums_SKLH)[..., None]
     y = torch.addcmul(carried_SKLHP, inside_SKHLP.transpose(2, 3), lost_SKLH.exp()[..., None])
     return y.flatten(1, 2)[:, :T], rearrange(state, "s g n r p -> s (g r) p n")
+
+
+def _step(x: Tensor, dt: Tensor | None, g: Tensor, B: Tensor, C: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `ssd_chunked` does, of one token: the recurrence, with few tensors as large as the states."""
+    G, dtype = B.shape[2], states.dtype
+    x_SGRP = rearrange(x.to(dtype), "s 1 (g r) p -> s g r p", g=G)
+    u_SGRP = x_SGRP if dt is None else x_SGRP * rearrange(dt, "s 1 (g r) -> s g r 1", g=G)
+    B_SGN, C_SGN = (t.to(dtype).squeeze(1) for t in (B, C))
+    write_SHPN = (u_SGRP[..., None] * B_SGN[:, :, None, None]).flatten(1, 2)
+    carry_SH11 = g.squeeze(1).exp()[..., None, None]
+    # In place, but where torch.func cannot do so for some of the tensors only.
+    add = torch.addcmul if is_transformed(x, dt, g, B, C, states) else Tensor.addcmul_
+    states = add(write_SHPN, states, carry_SH11)
+    y_SGRP1 = states.view(len(x), G, -1, B.shape[3]) @ C_SGN[..., None]
+    return y_SGRP1.reshape(x.shape), states
 
 
 def _decay_between(exact: Tensor, dtype: torch.dtype) -> Tensor:
