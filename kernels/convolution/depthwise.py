@@ -19,9 +19,10 @@ def causal_conv1d_depthwise(
     times slower.
     """
     padded = torch.cat([initial_state.to(x.dtype), x], dim=1)
-    dtype = at_least_float32(x) if x.device.type == "cpu" else x.dtype
+    on_cpu = x.device.type == "cpu"
+    dtype = at_least_float32(x) if on_cpu else x.dtype
     with without_autocast(x):
-        if x.shape[1] == 1:  # a decoded token: PyTorch's convolution takes several times as long
+        if on_cpu and x.shape[1] == 1:  # a decoded token: PyTorch's convolution takes several times as long there
             y_BTC = (padded.to(dtype) * weight.to(dtype).T).sum(1, keepdim=True)
         else:
             run = _depthwise if is_transformed(x, weight, initial_state) else _Depthwise.apply
